@@ -1,0 +1,38 @@
+/* gen.h - the generator's one door: model x GPU -> plan -> params.m4 -> kernel.cu. */
+#ifndef GEN_GEN_H
+#define GEN_GEN_H
+#include "gen/gpu.h"
+#include "gen/model.h"
+#include "gen/plan.h"
+
+#define GEN_VERSION PACKAGE_VERSION     /* from config.h */
+
+/* Make the plan for MODEL on GPU with room for CONTEXT tokens (0: the model's maximum or
+   4096, whichever is smaller).
+   plan_file  "key = value" lines, '#' comments; NULL: none
+   set        "key=value" strings, NULL at the end, win over the file; NULL: none
+   Returns 0, MK_EINVAL (unknown key, value out of range, or a plan that does not fit: says
+   what would), MK_EIO, MK_EFORMAT. */
+int gen_plan_make(const struct gen_model *m, const struct gen_gpu *g, int context,
+                  const char *plan_file, const char *const *set,
+                  struct gen_plan *out, struct mk_err *err);
+
+/* The text of params.m4 for PLAN: everything that the templates are told.  The caller
+   frees; NULL: no memory. */
+char *gen_plan_params(const struct gen_plan *p);
+/* The plan as a person reads it: every choice, stage, hop and offset (--dump-plan). */
+char *gen_plan_dump(const struct gen_plan *p);
+/* A few lines: shapes, bytes per token, hops per layer, shared memory, roofline. */
+char *gen_plan_summary(const struct gen_plan *p);
+/* Plan keys for --list-keys: NAME, its range and what it does; NULL past the end. */
+const char *gen_plan_key(int i);
+
+/* Run m4 over the embedded templates with PARAMS; checks the output (ASCII, no macro name
+   left over, no tabs, no trailing blanks).  Free *SRC.
+   Returns 0, MK_ETOOL (no m4: says how to get it), MK_ECOMPILE (m4 said something, was
+   killed, or its output is not clean: names template and line), MK_ENOMEM. */
+int gen_emit(const char *params, char **src, struct mk_err *err);
+
+/* Digest of the embedded templates, 16 hex digits; static storage. */
+const char *gen_templates_digest(void);
+#endif

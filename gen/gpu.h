@@ -1,0 +1,30 @@
+/* gpu.h - what the plan needs to know about a GPU; never asks a device. */
+#ifndef GEN_GPU_H
+#define GEN_GPU_H
+#include "gen/err.h"
+
+struct gen_gpu {
+    char name[32];          /* profile name, [A-Za-z0-9._-] */
+    int arch;               /* compute capability * 10: 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121 */
+    int sms;                /* multiprocessors */
+    int smem_block;         /* shared memory a block may opt in to, bytes */
+    int smem_sm;            /* shared memory of an SM, bytes */
+    int64_t l2_bytes;
+    int clock_mhz;          /* SM boost clock */
+    int mem_gbps;           /* memory bandwidth of the data sheet, GB/s (1e9) */
+    int64_t mem_bytes;      /* device memory; 0: unknown */
+    int clusters[5];        /* clusters of 1, 2, 4, 8, 16 CTAs that fit at once with full shared memory; 0: none */
+};
+
+/* Profile NAME ("h200"), or a file of "key = value" lines as printed by gen_gpu_print.
+   Returns 0, MK_ENOENT (lists the known names), MK_EIO, MK_EFORMAT (names file, line and key). */
+int gen_gpu_read(const char *where, struct gen_gpu *out, struct mk_err *err);
+/* The default profile of an architecture (90 -> h200).  Returns 0 or MK_EUNSUPPORTED. */
+int gen_gpu_default(int arch, struct gen_gpu *out, struct mk_err *err);
+/* "sm_90", "sm_90a" or "90" -> 90.  Returns 0 or MK_EUNSUPPORTED (lists what we know). */
+int gen_gpu_arch(const char *text, int *arch, struct mk_err *err);
+const char *gen_gpu_profile(int i);            /* names, NULL past the end */
+const int *gen_gpu_archs(void);                /* known architectures, 0 at the end */
+/* Print as a file that gen_gpu_read takes back.  The caller frees the string; NULL: no memory. */
+char *gen_gpu_print(const struct gen_gpu *g);
+#endif

@@ -1,0 +1,279 @@
+/* params.c - what a plan looks like in text: params.m4 for the templates, and the dump and the
+   summary for people. */
+#include "config.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "gen/gen.h"
+#include "runtime/abi.h"
+
+static const char *const phase_names[GEN_PHASES] = {"QKV", "O", "MLP", "DOWN", "HEAD"};
+static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "SCALE", "ATTN", "O", "MLP", "DOWN", "BEST", "COUNT"};
+
+static void put_int(FILE *f, const char *name, long long value)
+{
+    fprintf(f, "m4_define({|%s|}, {|%lld|})m4_dnl\n", name, value);
+}
+
+static void put_float(FILE *f, const char *name, double value)
+{
+    char text[40];
+
+    snprintf(text, sizeof text, "%.9g", (double)(float)value);
+    for (char *c = text; ; c++) {
+        if (*c == '.' || *c == 'e')
+            break;
+        if (!*c) {
+            c[0] = '.', c[1] = '0', c[2] = 0;
+            break;
+        }
+    }
+    fprintf(f, "m4_define({|%s|}, {|%sf|})m4_dnl\n", name, text);
+}
+
+static void put_model(FILE *f, const struct gen_plan *p)
+{
+    const struct gen_model *m = &p->model;
+
+    fprintf(f, "m4_define({|MODEL_NAME|}, {|%s|})m4_dnl\n", m->name);
+    put_int(f, "MODEL_D", m->D);
+    put_int(f, "MODEL_H", m->H);
+    put_int(f, "MODEL_K", m->K);
+    put_int(f, "MODEL_E", m->E);
+    put_int(f, "MODEL_F", m->F);
+    put_int(f, "MODEL_V", m->V);
+    put_int(f, "MODEL_L", m->L);
+    put_float(f, "MODEL_EPS", m->eps);
+    put_int(f, "MODEL_TIED", m->tied);
+    put_int(f, "MODEL_QK_NORM", m->qk_norm);
+    put_int(f, "MODEL_QKV_BIAS", m->qkv_bias);
+    put_int(f, "GPU_ARCH", p->gpu.arch);
+}
+
+static void put_choices(FILE *f, const struct gen_plan *p)
+{
+    fprintf(f, "m4_define({|PLAN_GENERATOR|}, {|%s|})m4_dnl\n", GEN_VERSION);
+    put_int(f, "PLAN_FAMILY", p->family);
+    put_int(f, "PLAN_FP16", p->dtype == GEN_FP16);
+    put_int(f, "PLAN_CONTEXT", p->context);
+    put_int(f, "PLAN_CTAS", p->ctas);
+    put_int(f, "PLAN_WARPS", p->warps);
+    put_int(f, "PLAN_THREADS", p->warps * 32);
+    put_int(f, "PLAN_STAGES", p->stages);
+    put_int(f, "PLAN_STAGE_BYTES", p->stage_bytes);
+    put_int(f, "PLAN_INFLIGHT", p->inflight);
+    put_int(f, "PLAN_INFLIGHT_HOP", p->inflight_hop);
+    put_int(f, "PLAN_ROUND_BLOCKS", p->round_blocks);
+    put_int(f, "PLAN_HEAD_GROUP", p->head_group);
+    put_int(f, "PLAN_GROUPS", p->groups);
+    put_int(f, "PLAN_SPLIT_MIN", p->split_min);
+    put_int(f, "PLAN_MAX_SPLITS", p->max_splits);
+    put_int(f, "PLAN_UNROLL", p->unroll_layers);
+    put_int(f, "PLAN_FAULT", p->fault);
+    put_float(f, "PLAN_SOFTMAX_SCALE", M_LOG2E / sqrt(p->model.E));
+    put_float(f, "PLAN_MLP_SCALE", p->dtype == GEN_FP16 ? 0.0625 : 1.0);
+    put_int(f, "PLAN_TOKEN_BYTES", p->token_bytes);
+    put_int(f, "PLAN_HOPS", 6 * p->model.L + 1);
+    put_int(f, "PLAN_SMEM_BYTES", p->smem_bytes);
+    put_int(f, "PLAN_SCRATCH_BYTES", p->scratch_bytes);
+    put_int(f, "PLAN_PREFILL_TOKENS", p->prefill_tokens);
+    put_int(f, "PLAN_PREFILL_SMEM_BYTES", p->prefill_smem_bytes);
+    put_int(f, "PLAN_GEMM_M", p->gemm_m);
+    put_int(f, "PLAN_GEMM_N", p->gemm_n);
+    put_int(f, "PLAN_GEMM_K", p->gemm_k);
+    put_int(f, "PLAN_GEMM_STAGES", p->gemm_stages);
+    put_int(f, "PLAN_FLASH_M", p->flash_m);
+    put_int(f, "PLAN_FLASH_N", p->flash_n);
+    put_int(f, "PLAN_PF_RESID", p->pf_resid);
+    put_int(f, "PLAN_PF_X", p->pf_x);
+    put_int(f, "PLAN_PF_QKV", p->pf_qkv);
+    put_int(f, "PLAN_PF_X_COLS", p->pf_x_cols);
+}
+
+static void put_layout(FILE *f, const struct gen_plan *p)
+{
+    char name[64];
+
+    for (int i = 0; i < GEN_PHASES; i++) {
+        const struct gen_phase *ph = &p->phase[i];
+        fprintf(f, "m4_define({|PLAN_%s|}, {|%d, %d, %d, %d, %d, %d|})m4_dnl\n", phase_names[i],
+                ph->rows, ph->units, ph->blocks, ph->step, ph->spans, ph->span_units);
+        snprintf(name, sizeof name, "PLAN_%s_OFFSET", phase_names[i]);
+        put_int(f, name, i == GEN_HEAD ? p->head_offset : ph->offset);
+    }
+    put_int(f, "PLAN_LAYER_BYTES", p->layer_bytes);
+    put_int(f, "PLAN_CTA_BYTES", p->cta_bytes);
+    put_int(f, "PLAN_VEC_ATTN_NORM", p->vec_attn_norm);
+    put_int(f, "PLAN_VEC_MLP_NORM", p->vec_mlp_norm);
+    put_int(f, "PLAN_VEC_Q_NORM", p->vec_q_norm);
+    put_int(f, "PLAN_VEC_K_NORM", p->vec_k_norm);
+    put_int(f, "PLAN_VEC_BIAS", p->vec_bias);
+    put_int(f, "PLAN_VEC_LAYER", p->vec_layer);
+    put_int(f, "PLAN_VEC_NORM", p->vec_norm);
+    put_int(f, "PLAN_KV_LAYER", p->kv_layer);
+    put_int(f, "PLAN_KV_HEAD", p->kv_head);
+    put_int(f, "PLAN_KV_VALUE", p->kv_head / 2);
+    for (int i = 0; i < GEN_HOPS; i++) {
+        snprintf(name, sizeof name, "PLAN_HOP_%s", hop_names[i]);
+        put_int(f, name, p->hop_offset[i]);
+    }
+}
+
+/* Offsets of every layer: m4's own arithmetic has 32 bits. */
+static void put_layer(FILE *f, const struct gen_plan *p, int layer)
+{
+    const int64_t vec = (int64_t)layer * p->vec_layer;
+    const int64_t next = layer + 1 < p->model.L ? vec + p->vec_layer + p->vec_attn_norm : p->vec_norm;
+    char name[64];
+
+    for (int i = 0; i < GEN_HEAD; i++) {
+        snprintf(name, sizeof name, "PLAN_AT_%s_%d", phase_names[i], layer);
+        put_int(f, name, layer * p->layer_bytes + p->phase[i].offset);
+    }
+    const struct { const char *name; int64_t at; } vectors[] = {
+        {"START", vec}, {"ATTN_NORM", vec + p->vec_attn_norm}, {"MLP_NORM", vec + p->vec_mlp_norm},
+        {"BIAS", vec + p->vec_bias}, {"NEXT_NORM", next},
+    };
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
+        snprintf(name, sizeof name, "PLAN_VEC_AT_%s_%d", vectors[i].name, layer);
+        put_int(f, name, vectors[i].at);
+    }
+    snprintf(name, sizeof name, "PLAN_KV_AT_%d", layer);
+    put_int(f, name, layer * p->kv_layer);
+}
+
+/* "u32 *" needs no blank before the name, "u32" one. */
+#define PRINT_FIELD(c, cu, name, remark)                                              \
+    fprintf(f, "    %s%s%s; // %s\n", #cu, #cu[sizeof #cu - 2] == '*' ? "" : " ", #name, remark);
+#define PRINT_CHECK(c, cu, name, remark)                                              \
+    fprintf(f, "static_assert(__INTADDR__(&((%s *)0)->" #name ") == %zu, \"layout\");\n",   \
+            type, offsetof(struct CHECKED, name));
+
+static void put_abi(FILE *f)
+{
+    const char *type = "mk_args";
+
+    fprintf(f, "m4_define({|ABI_STOPS|}, {|%d|})m4_dnl\nm4_define({|ABI_ARGS|}, {|m4_dnl\n", MK_STOPS);
+    MK_ARGS(PRINT_FIELD)
+    fprintf(f, "m4_dnl\n|})m4_dnl\nm4_define({|ABI_ARGS_CHECKS|}, {|m4_dnl\n");
+#define CHECKED mk_args
+    MK_ARGS(PRINT_CHECK)
+#undef CHECKED
+    fprintf(f, "static_assert(sizeof(mk_args) == %zu, \"layout\");\nm4_dnl\n|})m4_dnl\n", sizeof(struct mk_args));
+    fprintf(f, "m4_define({|ABI_PACK_ARGS|}, {|m4_dnl\n");
+    MK_PACK_ARGS(PRINT_FIELD)
+    fprintf(f, "m4_dnl\n|})m4_dnl\nm4_define({|ABI_PACK_ARGS_CHECKS|}, {|m4_dnl\n");
+    type = "mk_pack_args";
+#define CHECKED mk_pack_args
+    MK_PACK_ARGS(PRINT_CHECK)
+#undef CHECKED
+    fprintf(f, "static_assert(sizeof(mk_pack_args) == %zu, \"layout\");\nm4_dnl\n|})m4_dnl\n",
+            sizeof(struct mk_pack_args));
+}
+
+char *gen_plan_params(const struct gen_plan *p)
+{
+    char *text = NULL;
+    size_t size;
+    FILE *f = open_memstream(&text, &size);
+
+    if (!f)
+        return NULL;
+    put_model(f, p);
+    put_choices(f, p);
+    put_layout(f, p);
+    put_abi(f);
+    for (int i = 0; i < p->model.L; i++)
+        put_layer(f, p, i);
+    if (fclose(f)) {
+        free(text);
+        return NULL;
+    }
+    return text;
+}
+
+char *gen_plan_summary(const struct gen_plan *p)
+{
+    const struct gen_model *m = &p->model;
+    char *text = NULL;
+    size_t size;
+    FILE *f = open_memstream(&text, &size);
+
+    if (!f)
+        return NULL;
+    fprintf(f, "%s: %d layers, hidden %d, %d heads over %d KV heads of %d, FFN %d, vocabulary %d\n",
+            m->name, m->L, m->D, m->H, m->K, m->E, m->F, m->V);
+    fprintf(f, "%s (sm_%d): %d CTAs of %d warps, ring of %d x %d bytes, %d bytes of shared memory\n",
+            p->gpu.name, p->gpu.arch, p->ctas, p->warps, p->stages, p->stage_bytes, p->smem_bytes);
+    fprintf(f, "a token: %.3f GB of weights, %d hops a layer, floor %.0f us = %.0f tok/s at %d GB/s\n",
+            p->token_bytes / 1e9, p->max_splits > 1 ? 6 : 5, p->floor_us,
+            p->floor_us > 0 ? 1e6 / p->floor_us : 0.0, p->gpu.mem_gbps);
+    fprintf(f, "context %d: %.3f GB of KV cache\n", p->context, p->kv_bytes / 1e9);
+    if (fclose(f)) {
+        free(text);
+        return NULL;
+    }
+    return text;
+}
+
+static void dump_choices(FILE *f, const struct gen_plan *p)
+{
+    fprintf(f, "[choices]\n");
+    fprintf(f, "ctas = %d\nwarps = %d\nchunk_bytes = %d\nstages = %d\ninflight = %d\ninflight_hop = %d\n",
+            p->ctas, p->warps, p->chunk_bytes, p->stages, p->inflight, p->inflight_hop);
+    fprintf(f, "round_blocks = %d\nsplit_min = %d\nhead_group = %d\ntokens_per_launch = %d\n",
+            p->round_blocks, p->split_min, p->head_group, p->tokens_per_launch);
+    fprintf(f, "prefill_tokens = %d\ngemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n",
+            p->prefill_tokens, p->gemm_m, p->gemm_n, p->gemm_k, p->gemm_stages);
+    fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\n", p->flash_m, p->flash_n,
+            p->unroll_layers ? "loop" : "list", p->dtype == GEN_FP16 ? "fp16" : "bf16");
+}
+
+static void dump_tables(FILE *f, const struct gen_plan *p)
+{
+    fprintf(f, "\n[phases]\n%-6s %8s %8s %6s %7s %5s %6s %11s %11s\n", "", "rows", "columns", "units",
+            "blocks", "spans", "chunk", "blocks/CTA", "offset");
+    for (int i = 0; i < GEN_PHASES; i++) {
+        const struct gen_phase *ph = &p->phase[i];
+        fprintf(f, "%-6s %8d %8d %6d %7d %5d %6d %11d %11lld\n", phase_names[i], ph->rows, ph->cols,
+                ph->units, ph->blocks, ph->spans, ph->span_units * 512, ph->cta_blocks,
+                (long long)(i == GEN_HEAD ? p->head_offset : ph->offset));
+    }
+    fprintf(f, "\n[hops]\n%-6s %8s %8s\n", "", "word", "words");
+    for (int i = 0; i < GEN_HOPS; i++)
+        fprintf(f, "%-6s %8d %8d\n", hop_names[i], p->hop_offset[i], p->hop_words[i]);
+    fprintf(f, "\n[memory]\nstreams = %lld (%d x %lld)\nembedding = %lld\nKV cache = %lld\n",
+            (long long)p->stream_bytes, p->ctas, (long long)p->cta_bytes, (long long)p->embed_bytes,
+            (long long)p->kv_bytes);
+    fprintf(f, "prefill scratch = %lld\nshared, decode = %d (ring %d x %d, scratch %d)\nshared, prefill = %d\n",
+            (long long)p->pf_bytes, p->smem_bytes, p->stages, p->stage_bytes, p->scratch_bytes,
+            p->prefill_smem_bytes);
+}
+
+char *gen_plan_dump(const struct gen_plan *p)
+{
+    char *text = NULL, *summary = gen_plan_summary(p);
+    size_t size;
+    FILE *f = summary ? open_memstream(&text, &size) : NULL;
+
+    if (!f) {
+        free(summary);
+        return NULL;
+    }
+    for (const char *c = summary; *c; c++) {
+        if (c == summary || c[-1] == '\n')
+            fputs("# ", f);
+        fputc(*c, f);
+    }
+    free(summary);
+    fputc('\n', f);
+    dump_choices(f, p);
+    dump_tables(f, p);
+    if (fclose(f)) {
+        free(text);
+        return NULL;
+    }
+    return text;
+}

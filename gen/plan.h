@@ -1,0 +1,90 @@
+/* plan.h - model x GPU -> every size, tile and offset of the kernel.  Pure arithmetic.
+
+   Words used here.  A *block* is 8 rows of a weight matrix, all columns, padded to a
+   multiple of 32 columns; a *unit* is 8 rows x 32 columns (512 bytes), what one ldmatrix.x4
+   reads.  A *phase* is one matrix-vector product of a layer.  Blocks are dealt to CTAs in
+   turn (block b belongs to CTA b % ctas), and a CTA's blocks lie in its *stream* in the order
+   in which decode reads them.  A block travels as one or more *chunks*, each at most a ring
+   stage long.  A *hop* is an exchange of a vector between CTAs through L2, in 16-byte words of
+   three floats and a tag; a block of 8 values takes 3 words. */
+#ifndef GEN_PLAN_H
+#define GEN_PLAN_H
+#include "gen/gpu.h"
+#include "gen/model.h"
+
+enum gen_phase_id { GEN_QKV, GEN_O, GEN_MLP, GEN_DOWN, GEN_HEAD, GEN_PHASES };
+enum gen_hop_id { GEN_HOP_QKV, GEN_HOP_PART, GEN_HOP_SCALE, GEN_HOP_ATTN, GEN_HOP_O, GEN_HOP_MLP,
+                  GEN_HOP_DOWN, GEN_HOP_BEST, GEN_HOP_COUNT, GEN_HOPS };
+
+struct gen_phase {
+    int rows;               /* rows of the matrix; MLP: gate and up blocks alternate, so 2 F */
+    int cols;               /* columns before padding */
+    int units;              /* units of a block: ceil(cols / 32) */
+    int blocks;             /* ceil(rows / 8) */
+    int step;               /* blocks that must stay together: 2 for MLP, else 1 */
+    int spans;              /* chunks of a block */
+    int span_units;         /* units of a chunk; the last may have fewer */
+    int cta_blocks;         /* most blocks that a CTA has */
+    int64_t offset;         /* bytes from the layer's (head: the stream's) start in a CTA's stream */
+};
+
+struct gen_plan {
+    struct gen_model model;
+    struct gen_gpu gpu;
+    int context;            /* tokens that the KV cache holds */
+
+    /* Choices, each with a key for --set and plan files (see gen_plan_key). */
+    int dtype;              /* resident type: GEN_BF16 or GEN_FP16 */
+    int ctas;               /* CTAs, one per SM */
+    int warps;              /* consumer warps of a CTA; one more is the producer */
+    int chunk_bytes;        /* a chunk is at most this long */
+    int stages;             /* ring stages */
+    int inflight;           /* chunks in flight at most */
+    int inflight_hop;       /* the same while a hop is awaited */
+    int unroll_layers;      /* 0: list of calls, 1: loop */
+    int tokens_per_launch;  /* K */
+    int split_min;          /* positions that are worth one more attention split */
+    int round_blocks;       /* blocks of a phase between two barriers */
+    int prefill_tokens;     /* tokens of one prefill launch at most */
+    int gemm_m, gemm_n, gemm_k, gemm_stages;    /* prefill: tile of tokens x rows x columns */
+    int flash_m, flash_n;   /* prefill attention: queries x positions */
+    int fault;              /* 0; test builds: 1 hang */
+    unsigned epoch0;        /* first tag */
+
+    /* Derived. */
+    int family;             /* primitives: 75, 80 or 90 */
+    int head_group;         /* q heads of one attention task */
+    int groups;             /* tasks per KV head and split: ceil(H / K / head_group) */
+    int max_splits;
+    struct gen_phase phase[GEN_PHASES];
+    int stage_bytes;        /* of a ring stage */
+    int64_t layer_bytes;    /* of one layer in one CTA's stream */
+    int64_t head_offset;    /* of the head in a CTA's stream */
+    int64_t cta_bytes;      /* of a CTA's stream */
+    int64_t stream_bytes;   /* of all streams */
+    int64_t embed_bytes;    /* untied embedding, row-major; 0 when tied */
+
+    /* fp32 vectors: offsets in floats, the first five from the layer's start. */
+    int vec_attn_norm, vec_mlp_norm, vec_q_norm, vec_k_norm, vec_bias, vec_layer;
+    int64_t vec_norm, vec_floats;
+
+    /* KV cache: [L][K][2][context][E] resident type; strides in elements. */
+    int64_t kv_layer, kv_head, kv_bytes;
+
+    /* Exchange buffers: first word and words of each hop. */
+    int hop_offset[GEN_HOPS], hop_words[GEN_HOPS], exchange_words;
+
+    /* Shared memory of the decode kernel. */
+    int x_elems;            /* columns of the widest phase, padded */
+    int scratch_bytes;      /* x, or the attention scratch: never at once */
+    int smem_bytes;
+    int prefill_smem_bytes;
+
+    /* Prefill scratch in device memory, bytes from its start. */
+    int64_t pf_resid, pf_x, pf_qkv, pf_bytes;
+    int pf_x_cols;          /* columns of the widest activation */
+
+    int64_t token_bytes;    /* weight bytes that one decoded token reads */
+    double floor_us;        /* token_bytes / memory bandwidth of the data sheet */
+};
+#endif

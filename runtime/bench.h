@@ -1,0 +1,101 @@
+/* bench.h - the engine's second door, for mkbench and the big checks: it times the kernels
+   that mk_append and mk_generate launch, and checks the very run that was timed.
+   Implemented in engine.c; needs a GPU.  One rt_bench is used by one thread.
+
+   The token at position I of every run is pseudo-random, rt_sample_hash(seed, I, 0) % V,
+   until decode chooses its own; so that a position can be reached without a prompt.
+   Run at position P means: rows 0 .. P-1 are in the KV cache, and the token at position P
+   is the next to be computed. */
+#ifndef RT_BENCH_H
+#define RT_BENCH_H
+#include "gen/model.h"
+#include "runtime/mk.h"
+
+struct rt_bench;
+
+struct rt_bench_options {
+    int random_weights;         /* 1: made weights (rt_weights_random); 0: those of the folder */
+    uint64_t seed;              /* of the made weights and of the pseudo-random tokens */
+    const char *cubin_path;     /* as in mk_options */
+    const char *plan_file;      /* as in mk_options */
+    const char *const *set;     /* as in mk_options */
+    mk_progress_fn *progress;   /* or NULL */
+    mk_warn_fn *warn;           /* or NULL */
+    void *user;
+};
+
+/* Open the model WHERE (as gen_model_read; a folder with weights unless they are made) on
+   the first GPU, load the weights and get the kernel, for CONTEXT tokens.
+   Returns 0, MK_EINVAL (CONTEXT over the model's maximum), or as mk_open and mk_context_make. */
+int rt_bench_open(const char *where, int context, const struct rt_bench_options *options,
+                  struct rt_bench **out, struct mk_err *err);
+void rt_bench_close(struct rt_bench *b);
+
+struct rt_bench_facts {
+    struct gen_model model;
+    char gpu[128];              /* "NVIDIA H200" */
+    int arch;                   /* 90 */
+    int sms;
+    int driver;                 /* 13000 for CUDA 13.0 */
+    int sheet_gbps;             /* of the data sheet; 0: unknown */
+    int context;                /* tokens that fit */
+    int kernel_from;            /* 1: compiled, 2: cache, 3: pack */
+    int64_t weight_bytes;       /* resident weights */
+};
+void rt_bench_facts(const struct rt_bench *b, struct rt_bench_facts *out);
+
+/* Read bandwidth of this GPU, 1e9 bytes per second: the best of several ways of reading at
+   least 4 GiB (less when that much is not free: METHOD says so); METHOD names the winner.
+   Returns 0, MK_ENOMEM, MK_EDEVICE. */
+int rt_bench_bandwidth(struct rt_bench *b, double *gbps, char method[128], struct mk_err *err);
+
+/* Bytes that must be read to decode the token at position POS: the weights that a token
+   reads, and the KV rows 0 .. POS. */
+int64_t rt_bench_decode_bytes(const struct rt_bench *b, int pos);
+/* The same for a prefill of N tokens from an empty context: the weights once per chunk, and
+   the KV rows that earlier chunks wrote, once per chunk. */
+int64_t rt_bench_prefill_bytes(const struct rt_bench *b, int n);
+
+/* Make rows 0 .. N-1 of the KV cache those of the pseudo-random tokens, by a real prefill;
+   rows that are there already are kept.  Returns 0, MK_EINVAL (n > context), MK_EDEVICE. */
+int rt_bench_fill_kv(struct rt_bench *b, int n, struct mk_err *err);
+
+struct rt_bench_run {
+    int runs;                   /* ms[] is filled so far */
+    float *ms;                  /* [runs] milliseconds of each run; owned by the caller */
+    int clock_mhz;              /* SM clock, read while the last runs went on; 0: unknown */
+};
+
+/* Decode N tokens from position POS (filled before), greedily and past end tokens, in as few
+   launches as mk_generate would use: RUN->runs timed runs, after one that is not
+   timed, each from the same state.  RUN->ms gets milliseconds per TOKEN.
+   Wall-clock time from the first launch until the host has the last token.
+   Returns 0, MK_EINVAL (pos + n > context, n < 1), MK_EDEVICE.  Rows from POS on
+   no longer count as filled. */
+int rt_bench_decode(struct rt_bench *b, int pos, int n, struct rt_bench_run *run,
+                    struct mk_err *err);
+
+/* Prefill N pseudo-random tokens from an empty context, until the token that follows them
+   is on the host: RUN->runs timed runs after one that is not timed; RUN->ms gets
+   milliseconds per RUN.  Returns as rt_bench_decode.  Rows 0 .. N-1 count as filled. */
+int rt_bench_prefill(struct rt_bench *b, int n, struct rt_bench_run *run, struct mk_err *err);
+
+struct rt_bench_verdict {
+    int correct;                /* 1, or 0 and TEXT says what was wrong */
+    int checked;                /* tokens compared */
+    float max_error;            /* largest |logit - oracle| over them */
+    float tolerance;            /* what was allowed */
+    char text[256];             /* one sentence, for people */
+};
+
+/* Check the last rt_bench_decode: all its runs gave the same tokens; and the first and
+   the last 4 of them (all, when n < 8), teacher-forced against the C oracle (cpu.h) on the
+   same weights and on the KV rows copied from the device: each must be the oracle's
+   choice, or the oracle's margin be within the tolerance.
+   Returns 0 with *OUT filled (also when it is wrong); negative: it could not be checked. */
+int rt_bench_check_decode(struct rt_bench *b, struct rt_bench_verdict *out, struct mk_err *err);
+
+/* The same for the last rt_bench_prefill: KV rows of the first and last 4 prompt tokens
+   and the logits that follow the last. */
+int rt_bench_check_prefill(struct rt_bench *b, struct rt_bench_verdict *out, struct mk_err *err);
+#endif

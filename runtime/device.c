@@ -1,0 +1,687 @@
+/* device.c - the CUDA driver, opened at run time.  The functions and numbers of the
+   driver API that we use are declared here; they are those of CUDA 12 and 13's cuda.h. */
+#include "runtime/device.h"
+
+#include <ctype.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MIN_DRIVER 12000    /* CUDA 12.0, driver 525: older ones load nothing that NVRTC 12 makes */
+#define MIN_ARCH   75       /* the oldest architecture that the templates know */
+
+/* Every driver function that we call, under the name that the library exports.
+   CUresult is an int, CUdevice an int, the other handles are pointers. */
+#define DRIVER(F)                                                                           \
+    F(cuInit, (unsigned flags))                                                             \
+    F(cuDriverGetVersion, (int *version))                                                   \
+    F(cuGetErrorName, (int result, const char **text))                                      \
+    F(cuGetErrorString, (int result, const char **text))                                    \
+    F(cuDeviceGetCount, (int *n))                                                           \
+    F(cuDeviceGet, (int *dev, int index))                                                   \
+    F(cuDeviceGetName, (char *name, int len, int dev))                                      \
+    F(cuDeviceGetPCIBusId, (char *id, int len, int dev))                                    \
+    F(cuDeviceGetAttribute, (int *value, int attr, int dev))                                \
+    F(cuDeviceTotalMem_v2, (size_t *bytes, int dev))                                        \
+    F(cuDevicePrimaryCtxRetain, (void **ctx, int dev))                                      \
+    F(cuDevicePrimaryCtxRelease_v2, (int dev))                                              \
+    F(cuCtxSetCurrent, (void *ctx))                                                         \
+    F(cuMemGetInfo_v2, (size_t *free_bytes, size_t *total_bytes))                           \
+    F(cuMemAlloc_v2, (rt_ptr *p, size_t bytes))                                             \
+    F(cuMemFree_v2, (rt_ptr p))                                                             \
+    F(cuMemHostAlloc, (void **p, size_t bytes, unsigned flags))                             \
+    F(cuMemHostGetDevicePointer_v2, (rt_ptr *dev, void *p, unsigned flags))                 \
+    F(cuMemFreeHost, (void *p))                                                             \
+    F(cuMemcpyHtoDAsync_v2, (rt_ptr dst, const void *src, size_t bytes, void *stream))      \
+    F(cuMemcpyDtoHAsync_v2, (void *dst, rt_ptr src, size_t bytes, void *stream))            \
+    F(cuMemsetD8Async, (rt_ptr dst, unsigned char value, size_t bytes, void *stream))       \
+    F(cuStreamCreate, (void **stream, unsigned flags))                                      \
+    F(cuStreamDestroy_v2, (void *stream))                                                   \
+    F(cuStreamSynchronize, (void *stream))                                                  \
+    F(cuStreamQuery, (void *stream))                                                        \
+    F(cuModuleLoadData, (rt_module *m, const void *image))                                  \
+    F(cuModuleUnload, (rt_module m))                                                        \
+    F(cuModuleGetFunction, (rt_func *f, rt_module m, const char *name))                     \
+    F(cuFuncSetAttribute, (rt_func f, int attr, int value))                                 \
+    F(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *n, rt_func f, int block, size_t smem)) \
+    F(cuLaunchKernel, (rt_func f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,       \
+                       unsigned by, unsigned bz, unsigned smem, void *stream,               \
+                       void **params, void **extra))                                        \
+    F(cuLaunchCooperativeKernel, (rt_func f, unsigned gx, unsigned gy, unsigned gz,         \
+                                  unsigned bx, unsigned by, unsigned bz, unsigned smem,     \
+                                  void *stream, void **params))                             \
+    F(cuEventCreate, (rt_event *e, unsigned flags))                                         \
+    F(cuEventDestroy_v2, (rt_event e))                                                      \
+    F(cuEventRecord, (rt_event e, void *stream))                                            \
+    F(cuEventSynchronize, (rt_event e))                                                     \
+    F(cuEventElapsedTime, (float *ms, rt_event a, rt_event b))
+
+enum {                                      /* CUresult */
+    CU_OUT_OF_MEMORY = 2,
+    CU_INVALID_IMAGE = 200,
+    CU_NO_BINARY_FOR_GPU = 209,
+    CU_INVALID_PTX = 218,
+    CU_UNSUPPORTED_PTX_VERSION = 222,
+    CU_NOT_READY = 600
+};
+
+enum {                                      /* CUdevice_attribute */
+    ATTR_CLOCK_RATE = 13,                   /* kHz */
+    ATTR_MULTIPROCESSOR_COUNT = 16,
+    ATTR_MEMORY_CLOCK_RATE = 36,            /* kHz, two transfers each */
+    ATTR_GLOBAL_MEMORY_BUS_WIDTH = 37,      /* bits */
+    ATTR_L2_CACHE_SIZE = 38,
+    ATTR_COMPUTE_CAPABILITY_MAJOR = 75,
+    ATTR_COMPUTE_CAPABILITY_MINOR = 76,
+    ATTR_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR = 81,
+    ATTR_COOPERATIVE_LAUNCH = 95,
+    ATTR_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
+};
+
+enum {
+    FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, /* CUfunction_attribute */
+    STREAM_NON_BLOCKING = 1,                /* CUstream_flags */
+    HOSTALLOC_PORTABLE = 1,                 /* CU_MEMHOSTALLOC_* */
+    HOSTALLOC_DEVICEMAP = 2
+};
+
+static struct {
+    int open;
+#define FIELD(name, args) int (*name) args;
+    DRIVER(FIELD)
+#undef FIELD
+} cu;
+static pthread_mutex_t cu_lock = PTHREAD_MUTEX_INITIALIZER;
+
+struct rt_device {
+    int dev;                /* CUdevice */
+    void *ctx;              /* CUcontext, the primary one */
+    void *stream;           /* CUstream */
+    int driver;
+    size_t total;
+    char name[128];
+    char bus[32];           /* PCI bus id, for NVML */
+    struct gen_gpu facts;
+};
+
+/* ---- Errors --------------------------------------------------------------- */
+
+/* "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY (out of memory)". */
+static int fail_cu(struct mk_err *err, int code, int result, const char *call)
+{
+    const char *name = NULL, *text = NULL;
+
+    if (cu.cuGetErrorName(result, &name) || !name)
+        return gen_fail(err, code, "%s: unknown CUDA error %d", call, result);
+    if (cu.cuGetErrorString(result, &text) || !text)
+        text = "no description";
+    return gen_fail(err, code, "%s: %s (%s)", call, name, text);
+}
+
+static int check(struct mk_err *err, int result, const char *call)
+{
+    if (result == 0)
+        return 0;
+    return fail_cu(err, result == CU_OUT_OF_MEMORY ? MK_ENOMEM : MK_EDEVICE, result, call);
+}
+
+/* Make D's context current in the calling thread. */
+static int enter(const struct rt_device *d, struct mk_err *err)
+{
+    return check(err, cu.cuCtxSetCurrent(d->ctx), "cuCtxSetCurrent");
+}
+
+/* ---- Opening -------------------------------------------------------------- */
+
+static int load_functions(void *lib, const char *path, struct mk_err *err)
+{
+    static const struct { const char *name; size_t offset; } table[] = {
+#define ENTRY(name, args) { #name, offsetof(__typeof__(cu), name) },
+        DRIVER(ENTRY)
+#undef ENTRY
+    };
+
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        void *f = dlsym(lib, table[i].name);
+        if (!f)
+            return gen_fail(err, MK_ENOGPU, "%s has no %s: the NVIDIA driver is too old, "
+                            "or this is another library", path, table[i].name);
+        memcpy((char *) &cu + table[i].offset, &f, sizeof f);
+    }
+    return 0;
+}
+
+/* Open the driver library, once per process; a failure is tried again by the next call.
+   The library is never closed: it does not survive that. */
+static int open_driver(struct mk_err *err)
+{
+    const char *path = getenv("MK_CUDA_DRIVER");
+    void *lib;
+    int rc = 0;
+
+    if (!path || !*path)
+        path = "libcuda.so.1";
+    pthread_mutex_lock(&cu_lock);
+    if (!cu.open) {
+        lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (!lib)
+            rc = gen_fail(err, MK_ENOGPU, "no NVIDIA driver (%s)", dlerror());
+        else
+            rc = load_functions(lib, path, err);
+        if (rc && lib)
+            dlclose(lib);
+        cu.open = rc == 0;
+    }
+    pthread_mutex_unlock(&cu_lock);
+    return rc;
+}
+
+/* Initialise the driver and find device INDEX in it. */
+static int find_device(struct rt_device *d, int index, struct mk_err *err)
+{
+    int n = 0;
+    int r = cu.cuInit(0);
+
+    if (r)
+        return fail_cu(err, MK_ENOGPU, r, "no usable GPU: cuInit");
+    r = cu.cuDriverGetVersion(&d->driver);
+    if (r)
+        return fail_cu(err, MK_ENOGPU, r, "cuDriverGetVersion");
+    if (d->driver < MIN_DRIVER)
+        return gen_fail(err, MK_ENOGPU, "the NVIDIA driver is too old: it is for CUDA %d.%d; "
+                        "CUDA %d.%d (driver 525) or newer is needed", d->driver / 1000,
+                        d->driver % 1000 / 10, MIN_DRIVER / 1000, MIN_DRIVER % 1000 / 10);
+    r = cu.cuDeviceGetCount(&n);
+    if (r)
+        return fail_cu(err, MK_ENOGPU, r, "cuDeviceGetCount");
+    if (n < 1)
+        return gen_fail(err, MK_ENOGPU, "no GPU: the driver sees none");
+    if (index < 0 || index >= n)
+        return gen_fail(err, MK_ENOGPU, "there is no GPU number %d: the driver sees %d, "
+                        "numbered from 0", index, n);
+    r = cu.cuDeviceGet(&d->dev, index);
+    if (r)
+        return fail_cu(err, MK_ENOGPU, r, "cuDeviceGet");
+    return 0;
+}
+
+static int attr(const struct rt_device *d, int which)
+{
+    int value = 0;
+
+    return cu.cuDeviceGetAttribute(&value, which, d->dev) ? 0 : value;
+}
+
+/* "NVIDIA H200" -> "nvidia-h200"; every run of other characters is one '-'. */
+static void profile_name(const char *name, char *out, size_t size)
+{
+    size_t n = 0;
+
+    for (; *name && n + 1 < size; name++) {
+        unsigned char c = (unsigned char) *name;
+        if (c < 128 && (isalnum(c) || c == '.' || c == '_'))
+            out[n++] = (char) tolower(c);
+        else if (n && out[n - 1] != '-')
+            out[n++] = '-';
+    }
+    while (n && out[n - 1] == '-')
+        n--;
+    out[n] = 0;
+}
+
+/* Ask for name and properties; refuse a GPU that the kernels cannot run on. */
+static int read_facts(struct rt_device *d, struct mk_err *err)
+{
+    struct gen_gpu *g = &d->facts;
+
+    if (cu.cuDeviceGetName(d->name, sizeof d->name, d->dev) || !d->name[0])
+        strcpy(d->name, "unknown GPU");
+    d->name[sizeof d->name - 1] = 0;
+    if (cu.cuDeviceGetPCIBusId(d->bus, sizeof d->bus, d->dev))
+        d->bus[0] = 0;
+    if (cu.cuDeviceTotalMem_v2(&d->total, d->dev))
+        d->total = 0;
+    profile_name(d->name, g->name, sizeof g->name);
+    g->arch = attr(d, ATTR_COMPUTE_CAPABILITY_MAJOR) * 10 + attr(d, ATTR_COMPUTE_CAPABILITY_MINOR);
+    g->sms = attr(d, ATTR_MULTIPROCESSOR_COUNT);
+    g->smem_block = attr(d, ATTR_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+    g->smem_sm = attr(d, ATTR_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR);
+    g->l2_bytes = attr(d, ATTR_L2_CACHE_SIZE);
+    g->clock_mhz = attr(d, ATTR_CLOCK_RATE) / 1000;
+    g->mem_gbps = (int) (2.0 * attr(d, ATTR_MEMORY_CLOCK_RATE) * 1e3
+                         * (attr(d, ATTR_GLOBAL_MEMORY_BUS_WIDTH) / 8) / 1e9);
+    g->mem_bytes = (int64_t) d->total;
+    if (g->arch < MIN_ARCH)
+        return gen_fail(err, MK_ENOGPU, "%s has compute capability %d.%d; %d.%d or newer is needed",
+                        d->name, g->arch / 10, g->arch % 10, MIN_ARCH / 10, MIN_ARCH % 10);
+    if (!attr(d, ATTR_COOPERATIVE_LAUNCH))
+        return gen_fail(err, MK_ENOGPU, "%s cannot launch cooperative grids", d->name);
+    return 0;
+}
+
+int rt_device_open(int index, struct rt_device **out, struct mk_err *err)
+{
+    struct rt_device *d;
+    int rc;
+
+    *out = NULL;
+    rc = open_driver(err);
+    if (rc)
+        return rc;
+    d = calloc(1, sizeof *d);
+    if (!d)
+        return gen_fail(err, MK_ENOMEM, "no memory to open a GPU");
+    rc = find_device(d, index, err);
+    if (rc == 0)
+        rc = read_facts(d, err);
+    if (rc == 0) {
+        rc = check(err, cu.cuDevicePrimaryCtxRetain(&d->ctx, d->dev), "cuDevicePrimaryCtxRetain");
+        if (rc)
+            d->ctx = NULL;
+    }
+    if (rc == 0)
+        rc = enter(d, err);
+    if (rc == 0) {
+        rc = check(err, cu.cuStreamCreate(&d->stream, STREAM_NON_BLOCKING), "cuStreamCreate");
+        if (rc)
+            d->stream = NULL;
+    }
+    if (rc)
+        rt_device_close(d);
+    else
+        *out = d;
+    return rc;
+}
+
+void rt_device_close(struct rt_device *d)
+{
+    if (!d)
+        return;
+    if (d->ctx) {
+        cu.cuCtxSetCurrent(d->ctx);
+        if (d->stream)
+            cu.cuStreamDestroy_v2(d->stream);
+        cu.cuCtxSetCurrent(NULL);
+        cu.cuDevicePrimaryCtxRelease_v2(d->dev);
+    }
+    free(d);
+}
+
+/* ---- Facts ---------------------------------------------------------------- */
+
+void rt_device_facts(const struct rt_device *d, struct gen_gpu *out)
+{
+    *out = d->facts;
+}
+
+const char *rt_device_name(const struct rt_device *d)
+{
+    return d->name;
+}
+
+int rt_device_driver(const struct rt_device *d)
+{
+    return d->driver;
+}
+
+void rt_device_memory(const struct rt_device *d, size_t *free_bytes, size_t *total_bytes)
+{
+    if (enter(d, NULL) || cu.cuMemGetInfo_v2(free_bytes, total_bytes)) {
+        *free_bytes = 0;
+        *total_bytes = d->total;
+    }
+}
+
+/* NVML, the driver's management library: the only place that knows the clock of now. */
+static struct {
+    int tried, ok;
+    int (*nvmlInit_v2)(void);
+    int (*nvmlDeviceGetHandleByPciBusId_v2)(const char *bus, void **device);
+    int (*nvmlDeviceGetClockInfo)(void *device, int type, unsigned *mhz);
+} nvml;
+#define NVML_CLOCK_SM 1
+
+static int open_nvml(void)
+{
+    void *lib;
+
+    pthread_mutex_lock(&cu_lock);
+    if (!nvml.tried) {
+        nvml.tried = 1;
+        lib = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+        if (lib) {
+            *(void **) &nvml.nvmlInit_v2 = dlsym(lib, "nvmlInit_v2");
+            *(void **) &nvml.nvmlDeviceGetHandleByPciBusId_v2 =
+                dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
+            *(void **) &nvml.nvmlDeviceGetClockInfo = dlsym(lib, "nvmlDeviceGetClockInfo");
+            nvml.ok = nvml.nvmlInit_v2 && nvml.nvmlDeviceGetHandleByPciBusId_v2
+                      && nvml.nvmlDeviceGetClockInfo && nvml.nvmlInit_v2() == 0;
+        }
+    }
+    pthread_mutex_unlock(&cu_lock);
+    return nvml.ok;
+}
+
+int rt_device_clock(const struct rt_device *d)
+{
+    void *device = NULL;
+    unsigned mhz = 0;
+
+    if (!d->bus[0] || !open_nvml() || nvml.nvmlDeviceGetHandleByPciBusId_v2(d->bus, &device)
+        || nvml.nvmlDeviceGetClockInfo(device, NVML_CLOCK_SM, &mhz))
+        return 0;
+    return (int) mhz;
+}
+
+/* ---- Memory --------------------------------------------------------------- */
+
+/* Put "...: N bytes (x GiB) wanted, y of z GiB free on GPU" behind an out-of-memory error. */
+static int fail_memory(struct rt_device *d, int result, const char *call, size_t bytes,
+                       struct mk_err *err)
+{
+    const double gib = 1024.0 * 1024 * 1024;
+    size_t left, total;
+
+    if (result != CU_OUT_OF_MEMORY)
+        return check(err, result, call);
+    rt_device_memory(d, &left, &total);
+    return gen_fail(err, MK_ENOMEM, "%s: CUDA_ERROR_OUT_OF_MEMORY: %zu bytes (%.2f GiB) wanted, "
+                    "%.2f of %.2f GiB are free on %s", call, bytes, (double) bytes / gib,
+                    (double) left / gib, (double) total / gib, d->name);
+}
+
+int rt_device_alloc(struct rt_device *d, size_t bytes, rt_ptr *out, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    *out = 0;
+    if (rc)
+        return rc;
+    rc = cu.cuMemAlloc_v2(out, bytes ? bytes : 1);
+    if (rc) {
+        *out = 0;
+        return fail_memory(d, rc, "cuMemAlloc", bytes, err);
+    }
+    return 0;
+}
+
+void rt_device_free(struct rt_device *d, rt_ptr p)
+{
+    if (p && enter(d, NULL) == 0)
+        cu.cuMemFree_v2(p);
+}
+
+int rt_device_alloc_host(struct rt_device *d, size_t bytes, void **host, rt_ptr *dev,
+                         struct mk_err *err)
+{
+    void *p = NULL;
+    int rc = enter(d, err);
+
+    *host = NULL;
+    *dev = 0;
+    if (rc)
+        return rc;
+    rc = cu.cuMemHostAlloc(&p, bytes ? bytes : 1, HOSTALLOC_PORTABLE | HOSTALLOC_DEVICEMAP);
+    if (rc == CU_OUT_OF_MEMORY)
+        return gen_fail(err, MK_ENOMEM, "cuMemHostAlloc: CUDA_ERROR_OUT_OF_MEMORY: %zu bytes of "
+                        "page-locked host memory wanted", bytes);
+    if (rc)
+        return check(err, rc, "cuMemHostAlloc");
+    rc = check(err, cu.cuMemHostGetDevicePointer_v2(dev, p, 0), "cuMemHostGetDevicePointer");
+    if (rc) {
+        cu.cuMemFreeHost(p);
+        *dev = 0;
+        return rc;
+    }
+    *host = p;
+    return 0;
+}
+
+void rt_device_free_host(struct rt_device *d, void *host)
+{
+    if (host && enter(d, NULL) == 0)
+        cu.cuMemFreeHost(host);
+}
+
+int rt_device_put(struct rt_device *d, rt_ptr dst, const void *src, size_t bytes,
+                  struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    if (rc || !bytes)
+        return rc;
+    return check(err, cu.cuMemcpyHtoDAsync_v2(dst, src, bytes, d->stream), "cuMemcpyHtoDAsync");
+}
+
+int rt_device_get(struct rt_device *d, void *dst, rt_ptr src, size_t bytes, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    if (rc || !bytes)
+        return rc;
+    return check(err, cu.cuMemcpyDtoHAsync_v2(dst, src, bytes, d->stream), "cuMemcpyDtoHAsync");
+}
+
+int rt_device_set(struct rt_device *d, rt_ptr dst, unsigned char value, size_t bytes,
+                  struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    if (rc || !bytes)
+        return rc;
+    return check(err, cu.cuMemsetD8Async(dst, value, bytes, d->stream), "cuMemsetD8Async");
+}
+
+int rt_device_sync(struct rt_device *d, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    return rc ? rc : check(err, cu.cuStreamSynchronize(d->stream), "cuStreamSynchronize");
+}
+
+int rt_device_done(struct rt_device *d, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    if (rc)
+        return rc;
+    rc = cu.cuStreamQuery(d->stream);
+    if (rc == CU_NOT_READY)
+        return 0;
+    return rc ? check(err, rc, "cuStreamQuery") : 1;
+}
+
+/* ---- Modules and launches --------------------------------------------------- */
+
+/* A little-endian number of N bytes, as ELF files have them. */
+static uint64_t number(const unsigned char *p, int n)
+{
+    uint64_t x = 0;
+
+    while (n--)
+        x = x << 8 | p[n];
+    return x;
+}
+
+/* Are the N headers of STEP bytes at byte AT of a file of SIZE bytes, and the bytes that they
+   speak of (their offset at byte WHERE of the header, their length at WHERE + LENGTH), inside
+   the file?  A header whose 32 bits at byte KIND equal NONE speaks of no bytes. */
+static int table_fits(const unsigned char *p, size_t size, uint64_t at, uint64_t n, size_t step,
+                      int where, int length, int kind, uint64_t none)
+{
+    if (at > size || n > (size - at) / step)
+        return 0;
+    for (p += at; n--; p += step) {
+        uint64_t offset = number(p + where, 8), bytes = number(p + where + length, 8);
+        if (number(p + kind, 4) != none && (offset > size || bytes > size - offset))
+            return 0;
+    }
+    return 1;
+}
+
+/* cuModuleLoadData is not told the size of what it reads, so look ourselves that all of the
+   ELF file is there.  Returns the architecture (90), 0: not a whole cubin.  Offsets are those
+   of elf(5): 190 is EM_CUDA; sections without bytes in the file are of type 8, SHT_NOBITS. */
+static int cubin_arch(const void *cubin, size_t size)
+{
+    const unsigned char *p = cubin;
+    uint64_t flags;
+
+    if (size < 64 || memcmp(p, "\177ELF\2\1", 6) || number(p + 18, 2) != 190)
+        return 0;
+    if (number(p + 58, 2) != 64
+        || !table_fits(p, size, number(p + 40, 8), number(p + 60, 2), 64, 24, 8, 4, 8))
+        return 0;
+    if (number(p + 56, 2)
+        && (number(p + 54, 2) != 56
+            || !table_fits(p, size, number(p + 32, 8), number(p + 56, 2), 56, 8, 24, 0, 0)))
+        return 0;
+    /* CUDA 13 moved the architecture up by a byte and counted the ABI version to 8. */
+    flags = number(p + 48, 4);
+    return p[8] >= 8 ? flags >> 8 & 255 : flags & 255;
+}
+
+/* Does a cubin for architecture MADE run on a GPU of architecture HAVE? */
+static int runs_on(int made, int have)
+{
+    return made / 10 == have / 10 && made <= have;
+}
+
+int rt_module_load(struct rt_device *d, const void *cubin, size_t size, rt_module *out,
+                   struct mk_err *err)
+{
+    int arch = cubin_arch(cubin, size);
+    int have = d->facts.arch;
+    int rc = enter(d, err);
+
+    *out = NULL;
+    if (rc)
+        return rc;
+    if (!arch)
+        return gen_fail(err, MK_EFORMAT, "the %zu bytes given are not a whole cubin", size);
+    if (!runs_on(arch, have))
+        return gen_fail(err, MK_EUNSUPPORTED, "the cubin is for sm_%d and does not run on %s, "
+                        "which is sm_%d", arch, d->name, have);
+    rc = cu.cuModuleLoadData(out, cubin);
+    if (rc == 0)
+        return 0;
+    *out = NULL;
+    if (rc == CU_INVALID_IMAGE || rc == CU_NO_BINARY_FOR_GPU || rc == CU_INVALID_PTX
+        || rc == CU_UNSUPPORTED_PTX_VERSION) {
+        fail_cu(err, MK_EUNSUPPORTED, rc, "cuModuleLoadData");
+        return gen_fail_in(err, MK_EUNSUPPORTED, "the driver (for CUDA %d.%d) refuses the cubin "
+                           "for sm_%d; it may be older than the compiler that made it",
+                           d->driver / 1000, d->driver % 1000 / 10, arch);
+    }
+    return check(err, rc, "cuModuleLoadData");
+}
+
+void rt_module_free(struct rt_device *d, rt_module m)
+{
+    if (m && enter(d, NULL) == 0)
+        cu.cuModuleUnload(m);
+}
+
+int rt_module_func(struct rt_device *d, rt_module m, const char *name, int smem, rt_func *out,
+                   struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    *out = NULL;
+    if (rc)
+        return rc;
+    if (smem < 0 || smem > d->facts.smem_block)
+        return gen_fail(err, MK_EDEVICE, "%s wants %d bytes of shared memory; a block has %d on %s",
+                        name, smem, d->facts.smem_block, d->name);
+    rc = check(err, cu.cuModuleGetFunction(out, m, name), "cuModuleGetFunction");
+    if (rc == 0)
+        rc = check(err, cu.cuFuncSetAttribute(*out, FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem),
+                   "cuFuncSetAttribute");
+    if (rc) {
+        *out = NULL;
+        return gen_fail_in(err, rc, "kernel %s", name);
+    }
+    return 0;
+}
+
+/* A cooperative grid that does not fit at once would wait for itself for ever. */
+static int check_fits(struct rt_device *d, rt_func f, int grid, int block, int smem,
+                      struct mk_err *err)
+{
+    int per_sm = 0;
+    int rc = check(err, cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, f, block,
+                                                                       (size_t) smem),
+                   "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+
+    if (rc == 0 && grid > (int64_t) per_sm * d->facts.sms)
+        rc = gen_fail(err, MK_EDEVICE, "the cooperative grid has %d blocks of %d threads and %d "
+                      "bytes of shared memory; %lld such blocks fit on %s at once",
+                      grid, block, smem, (long long) per_sm * d->facts.sms, d->name);
+    return rc;
+}
+
+int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int cooperative,
+              void **params, struct mk_err *err)
+{
+    const char *call = cooperative ? "cuLaunchCooperativeKernel" : "cuLaunchKernel";
+    unsigned g = (unsigned) grid, b = (unsigned) block, s = (unsigned) smem;
+    int rc;
+
+    if (grid < 1 || block < 1 || smem < 0)
+        return gen_fail(err, MK_EINVAL, "cannot launch %d blocks of %d threads with %d bytes of "
+                        "shared memory", grid, block, smem);
+    rc = enter(d, err);
+    if (rc == 0 && cooperative)
+        rc = check_fits(d, f, grid, block, smem, err);
+    if (rc)
+        return rc;
+    if (cooperative)
+        rc = cu.cuLaunchCooperativeKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params);
+    else
+        rc = cu.cuLaunchKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params, NULL);
+    if (rc == 0)
+        return 0;
+    rc = check(err, rc, call);
+    return gen_fail_in(err, rc, "%d blocks of %d threads and %d bytes of shared memory",
+                       grid, block, smem);
+}
+
+/* ---- Events --------------------------------------------------------------- */
+
+int rt_event_make(struct rt_device *d, rt_event *out, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    *out = NULL;
+    if (rc)
+        return rc;
+    rc = check(err, cu.cuEventCreate(out, 0), "cuEventCreate");
+    if (rc)
+        *out = NULL;
+    return rc;
+}
+
+void rt_event_free(struct rt_device *d, rt_event e)
+{
+    if (e && enter(d, NULL) == 0)
+        cu.cuEventDestroy_v2(e);
+}
+
+int rt_event_record(struct rt_device *d, rt_event e, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    return rc ? rc : check(err, cu.cuEventRecord(e, d->stream), "cuEventRecord");
+}
+
+int rt_event_ms(struct rt_device *d, rt_event a, rt_event b, float *ms, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    if (rc == 0)
+        rc = check(err, cu.cuEventSynchronize(b), "cuEventSynchronize");
+    if (rc == 0)
+        rc = check(err, cu.cuEventElapsedTime(ms, a, b), "cuEventElapsedTime");
+    return rc;
+}

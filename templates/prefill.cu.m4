@@ -1,0 +1,735 @@
+t_need({|PLAN_PREFILL_SMEM_BYTES|}, {|PLAN_GEMM_M|}, {|PLAN_FLASH_N|}, {|PLAN_PF_X|})m4_dnl
+t_section({|Prefill: shared memory, scratch, grid barrier|})
+
+constexpr int PREFILL_WARPS = 8;
+constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
+constexpr int PREFILL_TOKENS = PLAN_PREFILL_TOKENS; // of a launch at most
+constexpr int FEW_TOKENS = 64; // up to here the weight read is the floor: read ahead
+constexpr int MOST_STAGES = t_if(PLAN_FAMILY == 75, 2, 8); // of a pipeline of copies
+constexpr int WORK_BYTES = PLAN_PREFILL_SMEM_BYTES - 1024;
+
+struct Prefill_shared {
+    alignas(128) unsigned char work[WORK_BYTES]; // stages of copies, or partial sums
+    mk_args args;
+};
+static_assert(sizeof(Prefill_shared) <= PLAN_PREFILL_SMEM_BYTES, "the plan's shared memory is too small");
+
+extern __shared__ Prefill_shared G[];
+
+// Scratch, in bytes from its start.  Activations lie in blocks of 8 tokens, like weights in
+// blocks of 8 rows: tiles of 8 tokens x 8 columns (128 bytes), along the columns.
+constexpr u64 PF_RESID = PLAN_PF_RESID; // float [T][D]: the residual stream
+constexpr u64 PF_X = PLAN_PF_X; // norms, in blocks; then q, half [T][H][E]
+constexpr u64 PF_Y = PF_X + (u64)PREFILL_TOKENS * PLAN_PF_X_COLS * 2; // attention; then MLP products
+constexpr u64 PF_QKV = PLAN_PF_QKV; // float [T][H + 2 K][E]: before norm and rotation
+static_assert(D % 8 == 0 && F % 8 == 0 && H % K == 0 && PREFILL_TOKENS % 8 == 0, "shapes");
+static_assert(Qkv::UNITS * 32 <= PLAN_PF_X_COLS && O::UNITS * 32 <= PLAN_PF_X_COLS && H * E <= PLAN_PF_X_COLS
+              && Down::UNITS * 32 <= PLAN_PF_X_COLS, "the plan's activations are too narrow");
+
+static __device__ __forceinline__ float *prefill_resid() { return (float *)(G->args.scratch + PF_RESID); }
+static __device__ __forceinline__ float *prefill_raw() { return (float *)(G->args.scratch + PF_QKV); }
+static __device__ __forceinline__ unsigned char *prefill_x() { return G->args.scratch + PF_X; }
+static __device__ __forceinline__ unsigned char *prefill_y() { return G->args.scratch + PF_Y; }
+
+// Where column COL of token TOKEN lies in activations of UNITS units.
+template <int UNITS>
+static __device__ __forceinline__ u32 activation_at(u32 token, u32 col)
+{
+    return (token / 8 * (UNITS * 4) + col / 8) * 128 + token % 8 * 16 + col % 8 * 2;
+}
+
+// All writes of all CTAs before it are seen by all after it.  COUNT: arrivals that it waits for.
+static __device__ __noinline__ void grid_barrier(u32 count)
+{
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        Watch watch;
+        u32 seen;
+        add_release(G->args.barrier, 1);
+        while ((int)((seen = load_acquire(G->args.barrier)) - count) < 0)
+            watch.poll(G->args.fault, AT_GRID, count, seen);
+    }
+    __syncthreads();
+}
+
+t_section({|Prefill: embedding and norms, a warp per token|})
+
+// x = resid / rms * weight.
+static __device__ __forceinline__ void prefill_norm_row(int token, const float *weight)
+{
+    const int lane = threadIdx.x % 32;
+    const float4 *row = (const float4 *)(prefill_resid() + (u64)token * D);
+    float sum = 0.0f;
+    #pragma unroll 4
+    for (int tile = lane; tile < D / 8; tile += 32) {
+        const float4 a = row[tile * 2], b = row[tile * 2 + 1];
+        sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+    }
+    #pragma unroll
+    for (int i = 16; i; i /= 2)
+        sum += __shfl_xor_sync(~0u, sum, i);
+    const float scale = rsqrtf(sum * (1.0f / D) + EPS);
+    #pragma unroll 4
+    for (int tile = lane; tile < Qkv::UNITS * 4; tile += 32) {
+        uint4 x = make_uint4(0, 0, 0, 0); // behind column D
+        if (tile < D / 8) {
+            const float4 a = row[tile * 2], b = row[tile * 2 + 1];
+            const float4 u = ((const float4 *)weight)[tile * 2], v = ((const float4 *)weight)[tile * 2 + 1];
+            x.x = pack(a.x * scale * u.x, a.y * scale * u.y);
+            x.y = pack(a.z * scale * u.z, a.w * scale * u.w);
+            x.z = pack(b.x * scale * v.x, b.y * scale * v.y);
+            x.w = pack(b.z * scale * v.z, b.w * scale * v.w);
+        }
+        *(uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8)) = x;
+    }
+}
+
+// VEC: where the norm begins in args.vec.
+static __device__ __noinline__ void prefill_norm(int vec)
+{
+    const int warp = threadIdx.x / 32;
+    #pragma unroll 1
+    for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS)
+        prefill_norm_row(token, G->args.vec + vec);
+}
+
+// resid = the embeddings; x = their norms.
+static __device__ __noinline__ void prefill_embed()
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    #pragma unroll 1
+    for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS) {
+        const int id = G->args.tokens[token];
+        float4 *row = (float4 *)(prefill_resid() + (u64)token * D);
+        #pragma unroll 4
+        for (int tile = lane; tile < D / 8; tile += 32) { // the lane that reads them in the norm
+t_if(MODEL_TIED, {|            // 8 columns of row id % 8 of the head's block id / 8
+            const uint4 q = *(const uint4 *)(block_at<Head>(G->args.stream + HEAD_OFFSET, id / 8)
+                                             + tile * 128 + id % 8 * 16);|}, {|            const uint4 q = ((const uint4 *)(G->args.embed + (u64)id * D))[tile];|})
+            row[tile * 2] = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
+            row[tile * 2 + 1] = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
+        }
+        prefill_norm_row(token, G->args.vec + VEC_ATTN_NORM);
+    }
+}
+
+t_section({|Prefill: activations x weights|})
+
+// A CTA makes TOKENS x 8 BLOCKS outputs at once.  WM x WN warps share them out; WK such groups
+// each take every WK-th unit of the columns, and their sums are added up in the end.
+template <int TOKENS_, int BLOCKS_, int COLS_, int WM_, int WN_, int STAGES_>
+struct Tile {
+    static constexpr int TOKENS = TOKENS_, BLOCKS = BLOCKS_, COLS = COLS_; // columns of a stage
+    static constexpr int WM = WM_, WN = WN_, WK = PREFILL_WARPS / (WM_ * WN_);
+    static constexpr int UNITS = COLS / 32, M16 = TOKENS / 16 / WM, N8 = BLOCKS / WN; // of a stage; of a warp
+    static constexpr int X_BYTES = TOKENS * COLS * 2, STAGE_BYTES = X_BYTES + BLOCKS * COLS * 16;
+    static constexpr int FIT = WORK_BYTES / STAGE_BYTES, STAGES = FIT < STAGES_ ? FIT : STAGES_;
+    // Copies of 16 bytes: of a thread, and how many blocks all threads take at a time.
+    static constexpr int X_COPIES = TOKENS * COLS / 8 / PREFILL_THREADS;
+    static constexpr int W_COPIES = BLOCKS * COLS / PREFILL_THREADS;
+    static constexpr int PASS = PREFILL_THREADS / COLS;
+    static_assert(X_COPIES * PREFILL_THREADS * 8 == TOKENS * COLS && W_COPIES * PREFILL_THREADS == BLOCKS * COLS
+                  && PASS * COLS == PREFILL_THREADS, "copies");
+    static_assert(M16 * WM * 16 == TOKENS && N8 * WN == BLOCKS && UNITS % WK == 0 && STAGES >= 2, "tile");
+    static_assert(WK == 1 || WK * TOKENS * BLOCKS * 32 <= WORK_BYTES, "partial sums");
+};
+typedef Tile<PLAN_GEMM_M, PLAN_GEMM_N / 8, PLAN_GEMM_K, 2, 4, PLAN_GEMM_STAGES> Wide;
+typedef Tile<64, 8, 64, 2, 2, MOST_STAGES> Middle;
+
+// For at most 16 tokens: tiles so narrow that every CTA has one, as far as stages fit.
+template <class P>
+struct Narrow_blocks {
+    static constexpr int FIT = (WORK_BYTES / 4 / 512 - 16) / 8, MOST = (FIT < 2 ? 2 : FIT > 8 ? 8 : FIT) / P::STEP;
+    static constexpr int MINE = (P::BLOCKS / P::STEP + CTAS - 1) / CTAS, ROUNDS = (MINE + MOST - 1) / MOST;
+    static constexpr int BLOCKS = (MINE + ROUNDS - 1) / ROUNDS * P::STEP;
+};
+template <class P> using Narrow = Tile<16, Narrow_blocks<P>::BLOCKS, 256, 1, 1, MOST_STAGES>;
+
+template <class T>
+static __device__ __forceinline__ int tile_count(int blocks)
+{
+    return ((G->args.n + T::TOKENS - 1) / T::TOKENS) * ((blocks + T::BLOCKS - 1) / T::BLOCKS);
+}
+
+// What a thread copies of one tile: the same 16 bytes of every PASS-th block, stage after stage.
+template <class P, class T>
+struct Tile_source {
+    const unsigned char *x, *w[T::W_COPIES];
+    int piece, tokens, blocks; // 16 bytes of a block; how far the first is from the end
+    u32 to; // of the first stage
+
+    __device__ __forceinline__ Tile_source(const unsigned char *from, const unsigned char *weights,
+                                           int token0, int block0)
+    {
+        const int first = threadIdx.x / T::COLS;
+        piece = threadIdx.x % T::COLS;
+        x = from + (token0 / 8 + first) * P::BLOCK_BYTES + piece * 16;
+        tokens = G->args.n - (token0 + first * 8 + piece % 8);
+        blocks = P::BLOCKS - (block0 + first);
+        #pragma unroll
+        for (int i = 0; i < T::W_COPIES; i++)
+            w[i] = block_at<P>(weights, blocks > i * T::PASS ? block0 + first + i * T::PASS : 0) + piece * 16;
+        to = shared_address(G->work) + threadIdx.x * 16;
+    }
+    // Zeros for tokens, blocks and columns that do not exist.
+    __device__ __forceinline__ void copy(int stage, int chunk)
+    {
+        const u32 at = to + stage * T::STAGE_BYTES;
+        const int from = chunk * (T::COLS * 16);
+        const bool inside = P::UNITS % T::UNITS == 0 || chunk * T::UNITS + piece / 32 < P::UNITS;
+        #pragma unroll
+        for (int i = 0; i < T::X_COPIES; i++)
+            copy16(at + i * (PREFILL_THREADS * 16), x + i * (T::PASS * P::BLOCK_BYTES) + from,
+                   inside && tokens > i * (T::PASS * 8) ? 16 : 0);
+        #pragma unroll
+        for (int i = 0; i < T::W_COPIES; i++)
+            copy16(at + T::X_BYTES + i * (PREFILL_THREADS * 16), w[i] + from,
+                   inside && blocks > i * T::PASS ? 16 : 0);
+    }
+};
+
+// sum += this warp's part of a stage.  LANE_X, LANE_W: what the lane gives ldmatrix.
+template <class T>
+static __device__ __forceinline__ void multiply_stage(float (&sum)[T::M16][T::N8][4], u32 lane_x, u32 lane_w)
+{
+    #pragma unroll
+    for (int unit = 0; unit < T::UNITS; unit += T::WK) {
+        u32 w[T::N8][4];
+        #pragma unroll
+        for (int j = 0; j < T::N8; j++)
+            ldmatrix(w[j], lane_w + j * (T::COLS * 16) + unit * 512);
+        #pragma unroll
+        for (int step = 0; step < 2; step++) {
+            #pragma unroll
+            for (int i = 0; i < T::M16; i++) {
+                u32 x[4];
+                ldmatrix(x, lane_x + i * (T::COLS * 32) + unit * 512 + step * 256);
+                #pragma unroll
+                for (int j = 0; j < T::N8; j++)
+                    mma(sum[i][j], x[0], x[1], x[2], x[3], w[j][step * 2], w[j][step * 2 + 1]);
+            }
+        }
+    }
+}
+
+// All columns of one tile: a lane has sum[i][j][0..1] of token lane / 4 of its 16, rows
+// lane % 4 * 2 and + 1 of its 8; [2..3] of token + 8.
+template <class P, class T>
+static __device__ __forceinline__ void multiply_tile(float (&sum)[T::M16][T::N8][4], Tile_source<P, T> &source)
+{
+    constexpr int CHUNKS = (P::UNITS + T::UNITS - 1) / T::UNITS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int wm = warp % T::WM, wn = warp / T::WM % T::WN, wk = warp / (T::WM * T::WN);
+    const u32 lane_x = shared_address(G->work) + (wm * T::M16 * 2 + lane / 8 % 2) * (T::COLS * 16)
+                     + wk * 512 + lane / 16 * 128 + lane % 8 * 16;
+    const u32 lane_w = shared_address(G->work) + T::X_BYTES + wn * T::N8 * (T::COLS * 16) + wk * 512 + lane * 16;
+
+    #pragma unroll
+    for (int i = 0; i < T::M16; i++)
+        #pragma unroll
+        for (int j = 0; j < T::N8; j++)
+            #pragma unroll
+            for (int c = 0; c < 4; c++)
+                sum[i][j][c] = 0.0f;
+    __syncthreads(); // the stages are free
+    #pragma unroll
+    for (int i = 0; i < T::STAGES - 1; i++) {
+        if (i < CHUNKS)
+            source.copy(i, i);
+        copy_commit();
+    }
+    int stage = 0, next = T::STAGES - 1; // to multiply; to fill
+    #pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        copy_wait<T::STAGES - 2>();
+        __syncthreads(); // all threads' copies are here, and stage NEXT is free
+        if (chunk + T::STAGES - 1 < CHUNKS)
+            source.copy(next, chunk + T::STAGES - 1);
+        copy_commit();
+        multiply_stage<T>(sum, lane_x + stage * T::STAGE_BYTES, lane_w + stage * T::STAGE_BYTES);
+        stage = stage + 1 < T::STAGES ? stage + 1 : 0;
+        next = next + 1 < T::STAGES ? next + 1 : 0;
+    }
+}
+
+// Tiles of x W, dealt to CTAs in turn, for blocks FIRST .. LAST-1 of phase P.  WRITE(token, block,
+// sums, READ(token, block)) takes the sums of P::STEP blocks as multiply_tile leaves them; TOKEN is
+// the lane's.
+template <class P, class T, class Read, class Write>
+static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, const unsigned char *weights,
+                                                      int first, int last, Read read, Write write)
+{
+    constexpr int PARTS = T::M16 * T::N8, STEP = P::STEP; // of a warp
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp % (T::WM * T::WN);
+    const int wm = warp % T::WM, wn = warp / T::WM % T::WN, wk = warp / (T::WM * T::WN);
+    const int token_tiles = (G->args.n + T::TOKENS - 1) / T::TOKENS, tiles = tile_count<T>(last - first);
+    #pragma unroll 1
+    for (int tile = blockIdx.x; tile < tiles; tile += CTAS) {
+        const int token0 = tile % token_tiles * T::TOKENS, block0 = first + tile / token_tiles * T::BLOCKS;
+        const int token = token0 + wm * (T::M16 * 16) + lane / 4, block = block0 + wn * T::N8;
+        Tile_source<P, T> source(x, weights, token0, block0);
+        float sum[T::M16][T::N8][4];
+        multiply_tile<P, T>(sum, source);
+        if (T::WK == 1) {
+            #pragma unroll
+            for (int i = 0; i < T::M16; i++) {
+                float4 before[T::N8]; // all reads before the first write
+                #pragma unroll
+                for (int j = 0; j < T::N8; j += STEP)
+                    before[j] = read(token + i * 16, block + j);
+                #pragma unroll
+                for (int j = 0; j < T::N8; j += STEP)
+                    write(token + i * 16, block + j, &sum[i][j], before[j]);
+            }
+        } else {
+            float4 *part = (float4 *)G->work + lane; // [WK][WM * WN][PARTS][32]
+            __syncthreads(); // the stages are free
+            #pragma unroll
+            for (int i = 0; i < PARTS; i++) {
+                const float (&c)[4] = sum[i / T::N8][i % T::N8];
+                part[(warp * PARTS + i) * 32] = make_float4(c[0], c[1], c[2], c[3]);
+            }
+            __syncthreads();
+            #pragma unroll 1
+            for (int i = wk * STEP; i < PARTS; i += T::WK * STEP) {
+                const int part_token = token + i / T::N8 * 16, part_block = block + i % T::N8;
+                const float4 before = read(part_token, part_block);
+                float total[STEP][4] = {};
+                #pragma unroll
+                for (int j = 0; j < STEP; j++) {
+                    #pragma unroll
+                    for (int k = 0; k < T::WK; k++) {
+                        const float4 add = part[((k * T::WM * T::WN + group) * PARTS + i + j) * 32];
+                        total[j][0] += add.x;
+                        total[j][1] += add.y;
+                        total[j][2] += add.z;
+                        total[j][3] += add.w;
+                    }
+                }
+                write(part_token, part_block, total, before);
+            }
+        }
+    }
+}
+
+// With few tokens: bring the next phase, BYTES of this CTA's stream from place AT on, as near as L2.
+static __device__ __forceinline__ void read_ahead(u64 at, int bytes)
+{
+    const unsigned char *from = G->args.stream + blockIdx.x * CTA_BYTES + at;
+    if (G->args.n <= FEW_TOKENS)
+        for (int i = threadIdx.x * 64; i < bytes; i += PREFILL_THREADS * 64)
+            prefetch_l2(from + i);
+}
+
+// x W, by the tile that suits the number of tokens; the phase begins at place AT of a stream.  A
+// round of middle tiles takes 7/20 of the time of a round of wide ones.
+template <class P, class Read, class Write>
+static __device__ __forceinline__ void multiply_rows(const unsigned char *x, u64 at, int first, int last,
+                                                     Read read, Write write)
+{
+    const unsigned char *weights = G->args.stream + at;
+    const int wide = (tile_count<Wide>(last - first) + CTAS - 1) / CTAS;
+    const int middle = (tile_count<Middle>(last - first) + CTAS - 1) / CTAS;
+    if (G->args.n <= Narrow<P>::TOKENS)
+        multiply_tiles<P, Narrow<P>>(x, weights, first, last, read, write);
+    else if (middle * 7 < wide * 20)
+        multiply_tiles<P, Middle>(x, weights, first, last, read, write);
+    else
+        multiply_tiles<P, Wide>(x, weights, first, last, read, write);
+}
+
+// resid += y W * SCALE.
+template <class P>
+static __device__ __forceinline__ void multiply_add(u64 at, float scale)
+{
+    const auto pair = [&](int token, int block) {
+        return (float2 *)(prefill_resid() + (u64)token * D + block * 8) + threadIdx.x % 4;
+    };
+    multiply_rows<P>(prefill_y(), at, 0, P::BLOCKS, [&](int token, int block) {
+        float2 a = make_float2(0.0f, 0.0f), b = a;
+        if (block < P::BLOCKS && token < G->args.n)
+            a = *pair(token, block);
+        if (block < P::BLOCKS && token + 8 < G->args.n)
+            b = *pair(token + 8, block);
+        return make_float4(a.x, a.y, b.x, b.y);
+    }, [&](int token, int block, const float (*sum)[4], float4 before) {
+        if (block < P::BLOCKS && token < G->args.n)
+            *pair(token, block) = make_float2(before.x + sum[0][0] * scale, before.y + sum[0][1] * scale);
+        if (block < P::BLOCKS && token + 8 < G->args.n)
+            *pair(token + 8, block) = make_float2(before.z + sum[0][2] * scale, before.w + sum[0][3] * scale);
+    });
+}
+
+t_section({|Prefill: q, k, v|})
+
+// q, k and v before norm and rotation, from block FIRST on.  BIAS: where it begins in args.vec.
+static __device__ __noinline__ void prefill_qkv(u64 at, int first, int bias)
+{
+    multiply_rows<Qkv>(prefill_x(), at, first, Qkv::BLOCKS, [&](int, int block) {
+        float2 add = make_float2(0.0f, 0.0f);
+t_if(MODEL_QKV_BIAS, {|        if (block < Qkv::BLOCKS)
+            add = ((const float2 *)(G->args.vec + bias))[block * 4 + threadIdx.x % 4];
+|})m4_dnl
+        return make_float4(add.x, add.y, add.x, add.y);
+    }, [&](int token, int block, const float (*sum)[4], float4 add) {
+        float2 *to = (float2 *)(prefill_raw() + (u64)token * ((H + 2 * K) * E) + block * 8) + threadIdx.x % 4;
+        if (block < Qkv::BLOCKS && token < G->args.n)
+            *to = make_float2(sum[0][0] + add.x, sum[0][1] + add.y);
+        if (block < Qkv::BLOCKS && token + 8 < G->args.n)
+            to[8 * ((H + 2 * K) * E / 2)] = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
+    });
+    read_ahead(at - QKV_OFFSET + O_OFFSET, MLP_OFFSET - O_OFFSET);
+}
+
+// Norm and rotation: heads FIRST .. H-1 of q to x, times log2(e) / sqrt(E); k and v to the cache.
+// A warp takes BATCH heads of a token.
+static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cache, int first)
+{
+    constexpr int BATCH = 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const float *vec = G->args.vec + layer_vec;
+    half *cache = G->args.kv + layer_cache;
+    const int batches = (H + 2 * K - first + BATCH - 1) / BATCH, tasks = G->args.n * batches;
+t_if(MODEL_QK_NORM, {|    Head_values q_norm, k_norm;
+    q_norm.load(vec + VEC_Q_NORM);
+    k_norm.load(vec + VEC_K_NORM);
+|})m4_dnl
+    #pragma unroll 1
+    for (int task = warp * CTAS + blockIdx.x; task < tasks; task += PREFILL_WARPS * CTAS) {
+        const int token = task / batches, head0 = first + task % batches * BATCH, pos = G->args.pos + token;
+        const float *raw = prefill_raw() + (u64)token * ((H + 2 * K) * E);
+        Head_values x[BATCH];
+        float2 rope[Head_values::PAIRS];
+        #pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            x[i].load(raw + min(head0 + i, H + 2 * K - 1) * E);
+        #pragma unroll
+        for (int i = 0; i < Head_values::PAIRS; i++)
+            rope[i] = ((const float2 *)G->args.rope)[(u64)pos * (E / 2) + lane + i * 32];
+        #pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int head = head0 + i;
+            if (head >= H + 2 * K)
+                break;
+            half *to;
+            float scale = 1.0f;
+            if (head < H) {
+t_if(MODEL_QK_NORM, {|                x[i].norm(q_norm);
+|})m4_dnl
+                x[i].rotate(rope);
+                to = (half *)prefill_x() + ((u64)token * H + head) * E;
+                scale = PLAN_SOFTMAX_SCALE;
+            } else if (head < H + K) {
+t_if(MODEL_QK_NORM, {|                x[i].norm(k_norm);
+|})m4_dnl
+                x[i].rotate(rope);
+                to = cache + (head - H) * KV_HEAD + (u64)pos * E;
+            } else {
+                to = cache + (head - H - K) * KV_HEAD + KV_VALUE + (u64)pos * E;
+            }
+            #pragma unroll
+            for (int j = 0; j < Head_values::PAIRS; j++) {
+                to[lane + j * 32] = to_half(x[i].a[j] * scale);
+                to[lane + j * 32 + E / 2] = to_half(x[i].b[j] * scale);
+            }
+        }
+    }
+}
+
+t_section({|Prefill: causal attention over the KV cache|})
+
+// A task is a KV head and FLASH_ROWS queries: row r of the head is token r / GROUP, query head
+// r % GROUP of its group.  A warp has 16 rows.  Keys and values come in stages of FLASH_POSITIONS.
+constexpr int GROUP = H / K;
+constexpr int FLASH_ROWS = PLAN_FLASH_M;
+constexpr int FLASH_POSITIONS = PLAN_FLASH_N;
+constexpr int FLASH_BYTES = FLASH_POSITIONS * E * 2; // keys of a stage; the values follow
+constexpr int FLASH_FIT = WORK_BYTES / (FLASH_BYTES * 2), FLASH_STAGES = FLASH_FIT < 4 ? FLASH_FIT : 4;
+static_assert(FLASH_ROWS == PREFILL_WARPS * 16 && FLASH_STAGES >= 2, "attention tile");
+
+// Positions FIRST .. FIRST + FLASH_POSITIONS - 1 of a head to a stage, zeros from END on.  The
+// 16-byte pieces of a row change places, so that ldmatrix meets no bank twice.
+static __device__ __forceinline__ void flash_copy(u32 stage, const half *cache, int first, int end)
+{
+    constexpr int PIECES = E / 8, PASS = PREFILL_THREADS / PIECES; // rows at a time
+    const int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
+    const u32 to = stage + row * (E * 2) + (piece ^ row % 8) * 16;
+    const half *from = cache + (u64)(first + row) * E + piece * 8;
+    #pragma unroll
+    for (int i = 0; i < FLASH_POSITIONS / PASS; i++) {
+        const int bytes = first + row + i * PASS < end ? 16 : 0;
+        copy16(to + i * (PASS * E * 2), from + i * (PASS * E), bytes);
+        copy16(to + FLASH_BYTES + i * (PASS * E * 2), from + KV_VALUE + i * (PASS * E), bytes);
+    }
+}
+
+// One warp's 16 queries, and what they have seen.  A lane has rows lane / 4 and + 8.
+struct Flash {
+    u32 q[E / 16][4];
+    float out[E / 8][4];
+    float top[2], sum[2]; // sum: of the lane's positions
+
+    // Queries of rows FIRST .. FIRST + 15 of ROWS.
+    __device__ __forceinline__ void start(const half *queries, int first, int rows, int head)
+    {
+        const int lane = threadIdx.x % 32;
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = min(first + lane / 4 + i * 8, rows - 1);
+            const u32 *from = (const u32 *)(queries + ((u64)(row / GROUP) * H + head * GROUP + row % GROUP) * E)
+                            + lane % 4;
+            #pragma unroll
+            for (int k = 0; k < E / 16; k++) {
+                q[k][i] = from[k * 8];
+                q[k][i + 2] = from[k * 8 + 4];
+            }
+            top[i] = -1e30f;
+            sum[i] = 0.0f;
+        }
+        #pragma unroll
+        for (int e = 0; e < E / 8; e++)
+            #pragma unroll
+            for (int c = 0; c < 4; c++)
+                out[e][c] = 0.0f;
+    }
+
+    // Attend to the positions of STAGE.  MASK: leave out those beyond LAST, counted from the
+    // stage's first position.
+    __device__ __forceinline__ void attend(u32 stage, bool mask, const int (&last)[2])
+    {
+        const int lane = threadIdx.x % 32;
+        float s[FLASH_POSITIONS / 8][4];
+        #pragma unroll
+        for (int j = 0; j < FLASH_POSITIONS / 8; j++) {
+            #pragma unroll
+            for (int c = 0; c < 4; c++)
+                s[j][c] = 0.0f;
+            #pragma unroll
+            for (int k = 0; k < E / 32; k++) {
+                u32 key[4];
+                ldmatrix(key, stage + (j * 8 + lane % 8) * (E * 2) + (k * 4 + lane / 8 ^ lane % 8) * 16);
+                mma(s[j], q[k * 2][0], q[k * 2][1], q[k * 2][2], q[k * 2][3], key[0], key[1]);
+                mma(s[j], q[k * 2 + 1][0], q[k * 2 + 1][1], q[k * 2 + 1][2], q[k * 2 + 1][3], key[2], key[3]);
+            }
+        }
+        if (mask) {
+            #pragma unroll
+            for (int j = 0; j < FLASH_POSITIONS / 8; j++)
+                #pragma unroll
+                for (int c = 0; c < 4; c++)
+                    if (j * 8 + lane % 4 * 2 + c % 2 > last[c / 2])
+                        s[j][c] = -1e30f;
+        }
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float best = top[i];
+            #pragma unroll
+            for (int j = 0; j < FLASH_POSITIONS / 8; j++)
+                best = fmaxf(best, fmaxf(s[j][i * 2], s[j][i * 2 + 1]));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+            const float keep = exp2f(top[i] - best);
+            top[i] = best;
+            sum[i] *= keep;
+            #pragma unroll
+            for (int e = 0; e < E / 8; e++) {
+                out[e][i * 2] *= keep;
+                out[e][i * 2 + 1] *= keep;
+            }
+            #pragma unroll
+            for (int j = 0; j < FLASH_POSITIONS / 8; j++) {
+                s[j][i * 2] = exp2f(s[j][i * 2] - best);
+                s[j][i * 2 + 1] = exp2f(s[j][i * 2 + 1] - best);
+                sum[i] += s[j][i * 2] + s[j][i * 2 + 1];
+            }
+        }
+        #pragma unroll
+        for (int k = 0; k < FLASH_POSITIONS / 16; k++) {
+            const u32 p0 = pack(s[k * 2][0], s[k * 2][1]), p1 = pack(s[k * 2][2], s[k * 2][3]);
+            const u32 p2 = pack(s[k * 2 + 1][0], s[k * 2 + 1][1]), p3 = pack(s[k * 2 + 1][2], s[k * 2 + 1][3]);
+            #pragma unroll
+            for (int e = 0; e < E / 16; e++) {
+                u32 value[4];
+                ldmatrix_transposed(value, stage + FLASH_BYTES + (k * 16 + lane % 16) * (E * 2)
+                                           + (e * 2 + lane / 16 ^ lane % 8) * 16);
+                mma(out[e * 2], p0, p1, p2, p3, value[0], value[1]);
+                mma(out[e * 2 + 1], p0, p1, p2, p3, value[2], value[3]);
+            }
+        }
+    }
+
+    // Divide, and write the rows that exist.
+    __device__ __forceinline__ void finish(unsigned char *y, int first, int rows, int head)
+    {
+        const int lane = threadIdx.x % 32;
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = first + lane / 4 + i * 8;
+            sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
+            sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
+            const float scale = 1.0f / sum[i];
+            if (row < rows) {
+                const int col = (head * GROUP + row % GROUP) * E + lane % 4 * 2;
+                unsigned char *to = y + activation_at<O::UNITS>(row / GROUP, col);
+                #pragma unroll
+                for (int e = 0; e < E / 8; e++)
+                    *(u32 *)(to + e * 128) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
+            }
+        }
+    }
+};
+
+// y = attention of the queries in x.  The longest tasks go first; every other round is dealt
+// backwards, so that all CTAs get about the same.
+static __device__ __noinline__ void prefill_attn(u64 layer_cache)
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int pos = G->args.pos, end = pos + G->args.n, rows = G->args.n * GROUP;
+    const int tiles = (rows + FLASH_ROWS - 1) / FLASH_ROWS;
+    const u32 work = shared_address(G->work);
+    #pragma unroll 1
+    for (int round = 0; round * CTAS < tiles * K; round++) {
+        const int task = round * CTAS + (round % 2 ? CTAS - 1 - (int)blockIdx.x : (int)blockIdx.x);
+        if (task >= tiles * K)
+            continue;
+        const int head = task % K, tile0 = (tiles - 1 - task / K) * FLASH_ROWS, first = tile0 + warp * 16;
+        const half *cache = G->args.kv + layer_cache + head * KV_HEAD;
+        // The last positions that the tile, the warp's first and last row, and the lane's rows see.
+        const int tile_last = pos + min(tile0 + FLASH_ROWS - 1, rows - 1) / GROUP;
+        const int warp_first = pos + first / GROUP, warp_last = pos + (first + 15) / GROUP;
+        const int stages = tile_last / FLASH_POSITIONS + 1;
+        Flash flash;
+        flash.start((const half *)prefill_x(), first, rows, head);
+        __syncthreads(); // the stages are free
+        #pragma unroll
+        for (int i = 0; i < FLASH_STAGES - 1; i++) {
+            if (i < stages)
+                flash_copy(work + i * (FLASH_BYTES * 2), cache, i * FLASH_POSITIONS, end);
+            copy_commit();
+        }
+        int now = 0, next = FLASH_STAGES - 1; // to attend to; to fill
+        #pragma unroll 1
+        for (int i = 0; i < stages; i++) {
+            const int from = i * FLASH_POSITIONS, ahead = from + (FLASH_STAGES - 1) * FLASH_POSITIONS;
+            copy_wait<FLASH_STAGES - 2>();
+            __syncthreads(); // all threads' copies are here, and stage NEXT is free
+            if (ahead <= tile_last)
+                flash_copy(work + next * (FLASH_BYTES * 2), cache, ahead, end);
+            copy_commit();
+            if (first < rows && from <= warp_last) {
+                const int row = first + lane / 4;
+                const int last[2] = {pos + row / GROUP - from, pos + (row + 8) / GROUP - from};
+                flash.attend(work + now * (FLASH_BYTES * 2), from + FLASH_POSITIONS - 1 > warp_first, last);
+            }
+            now = now + 1 < FLASH_STAGES ? now + 1 : 0;
+            next = next + 1 < FLASH_STAGES ? next + 1 : 0;
+        }
+        flash.finish(prefill_y(), first, rows, head);
+    }
+}
+
+t_section({|Prefill: projections and MLP|})
+
+static __device__ __noinline__ void prefill_o(u64 at)
+{
+    multiply_add<O>(at, 1.0f);
+    read_ahead(at - O_OFFSET + MLP_OFFSET, DOWN_OFFSET - MLP_OFFSET);
+}
+
+static __device__ __forceinline__ float silu_product(float gate, float up)
+{
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up * PLAN_MLP_SCALE;
+}
+
+// y = silu(x W_gate) * (x W_up).  Gate and up blocks come in turn; y is padded with zeros up to
+// whole units.
+static __device__ __noinline__ void prefill_mlp(u64 at)
+{
+    multiply_rows<Mlp>(prefill_x(), at, 0, Down::UNITS * 8, [](int, int) {
+        return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }, [&](int token, int block, const float (*sum)[4], float4) {
+        u32 product[2];
+        #pragma unroll
+        for (int i = 0; i < 2; i++)
+            product[i] = pack(silu_product(sum[0][i * 2], sum[1][i * 2]),
+                              silu_product(sum[0][i * 2 + 1], sum[1][i * 2 + 1]));
+        unsigned char *to = prefill_y() + activation_at<Down::UNITS>(token, block * 4 + threadIdx.x % 4 * 2);
+        if (block < Down::UNITS * 8 && token < G->args.n)
+            *(u32 *)to = product[0];
+        if (block < Down::UNITS * 8 && token + 8 < G->args.n)
+            *(u32 *)(to + Down::UNITS * 512) = product[1]; // in the next block of tokens
+    });
+    read_ahead(at - MLP_OFFSET + DOWN_OFFSET, (int)LAYER_BYTES - DOWN_OFFSET);
+}
+
+static __device__ __noinline__ void prefill_down(u64 at)
+{
+    multiply_add<Down>(at, 1.0f / PLAN_MLP_SCALE);
+    read_ahead(at - DOWN_OFFSET + LAYER_BYTES, O_OFFSET); // q, k, v of the next layer
+}
+
+t_section({|Prefill: the kernel|})
+
+// Run args.tokens[0 .. args.n-1] at positions args.pos on, for their keys and values.  The last
+// layer needs neither queries nor what follows them.
+static __device__ __forceinline__ void prefill()
+{
+    u32 count = 0;
+
+    read_ahead(QKV_OFFSET, O_OFFSET - QKV_OFFSET);
+    prefill_embed();
+    grid_barrier(count += CTAS);
+t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 2, {|
+    t_note({|layer t_2d(LAYER)|})
+    prefill_qkv(PLAN_AT(LAYER, QKV), 0, PLAN_VEC_AT(LAYER, BIAS));
+    grid_barrier(count += CTAS);
+    prefill_rotate(PLAN_VEC_AT(LAYER, START), PLAN_KV_AT(LAYER), 0);
+    grid_barrier(count += CTAS);
+    prefill_attn(PLAN_KV_AT(LAYER));
+    grid_barrier(count += CTAS);
+    prefill_o(PLAN_AT(LAYER, O));
+    grid_barrier(count += CTAS);
+    prefill_norm(PLAN_VEC_AT(LAYER, MLP_NORM));
+    grid_barrier(count += CTAS);
+    prefill_mlp(PLAN_AT(LAYER, MLP));
+    grid_barrier(count += CTAS);
+    prefill_down(PLAN_AT(LAYER, DOWN));
+    grid_barrier(count += CTAS);
+    prefill_norm(PLAN_VEC_AT(LAYER, NEXT_NORM));
+    grid_barrier(count += CTAS);
+|})|}, {|    #pragma unroll 1
+    for (int layer = 0; layer < L - 1; layer++) {
+        const u64 at = layer * LAYER_BYTES;
+        const int vec = layer * VEC_LAYER;
+        prefill_qkv(at + QKV_OFFSET, 0, vec + VEC_BIAS);
+        grid_barrier(count += CTAS);
+        prefill_rotate(vec, layer * KV_LAYER, 0);
+        grid_barrier(count += CTAS);
+        prefill_attn(layer * KV_LAYER);
+        grid_barrier(count += CTAS);
+        prefill_o(at + O_OFFSET);
+        grid_barrier(count += CTAS);
+        prefill_norm(vec + VEC_MLP_NORM);
+        grid_barrier(count += CTAS);
+        prefill_mlp(at + MLP_OFFSET);
+        grid_barrier(count += CTAS);
+        prefill_down(at + DOWN_OFFSET);
+        grid_barrier(count += CTAS);
+        prefill_norm(vec + VEC_LAYER + VEC_ATTN_NORM);
+        grid_barrier(count += CTAS);
+    }
+|})m4_dnl
+
+    t_note({|layer t_2d(m4_eval(MODEL_L - 1))|})
+    prefill_qkv((L - 1) * LAYER_BYTES + QKV_OFFSET, H * E / 8, (L - 1) * VEC_LAYER + VEC_BIAS);
+    grid_barrier(count += CTAS);
+    prefill_rotate((L - 1) * VEC_LAYER, (L - 1) * KV_LAYER, H);
+}
+
+extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) mk_prefill(const __grid_constant__ mk_args args)
+{
+    if (threadIdx.x == 0)
+        G->args = args;
+    __syncthreads();
+    prefill();
+}

@@ -1,0 +1,276 @@
+t_section({|Primitives: everything that touches hardware|})
+
+static __device__ __forceinline__ u32 shared_address(const void *p)
+{
+    return (u32)__cvta_generic_to_shared(p);
+}
+
+t_if(PLAN_FP16, {|static __device__ __forceinline__ float to_float(half x)
+{
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+    return f;
+}
+
+static __device__ __forceinline__ half to_half(float x)
+{
+    half h;
+    x = fminf(fmaxf(x, -65504.0f), 65504.0f);
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+
+// Two floats as one register of fp16: LO in the lower half.
+static __device__ __forceinline__ u32 pack(float lo, float hi)
+{
+    return to_half(lo) | (u32)to_half(hi) << 16;
+}
+
+static __device__ __forceinline__ float low(u32 x) { return to_float((half)(x & 0xffff)); }
+static __device__ __forceinline__ float high(u32 x) { return to_float((half)(x >> 16)); }|}, {|static __device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
+static __device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
+static __device__ __forceinline__ float to_float(half x) { return low(x); }
+
+// Two floats as one register of bf16: LO in the lower half.
+static __device__ __forceinline__ u32 pack(float lo, float hi)
+{
+    u32 x;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
+    return x;
+}
+
+static __device__ __forceinline__ half to_half(float x) { return (half)pack(x, 0.0f); }|})
+
+// Single-copy atomic: all of a word or none of it is seen.
+static __device__ __forceinline__ Word load_word(const Word *p)
+{
+    Word w;
+    asm volatile("{\n.reg .b128 q;\n.reg .b64 lo, hi;\n"
+                 "ld.relaxed.gpu.global.b128 q, [%4];\n"
+                 "mov.b128 {lo, hi}, q;\nmov.b64 {%0, %1}, lo;\nmov.b64 {%2, %3}, hi;\n}"
+                 : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.tag) : "l"(p) : "memory");
+    return w;
+}
+
+static __device__ __forceinline__ void store_word(Word *p, u32 v0, u32 v1, u32 v2, u32 tag)
+{
+    asm volatile("{\n.reg .b128 q;\n.reg .b64 lo, hi;\n"
+                 "mov.b64 lo, {%1, %2};\nmov.b64 hi, {%3, %4};\nmov.b128 q, {lo, hi};\n"
+                 "st.relaxed.gpu.global.b128 [%0], q;\n}"
+                 :: "l"(p), "r"(v0), "r"(v1), "r"(v2), "r"(tag) : "memory");
+}
+
+// All earlier writes of this CTA (after a barrier) before all later ones, for every CTA.
+static __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+static __device__ __forceinline__ u32 load_acquire(const u32 *p)
+{
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void add_release(u32 *p, u32 v)
+{
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+
+// Words shared with the host.
+static __device__ __forceinline__ void store_system(u64 *p, u64 v)
+{
+    asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
+}
+
+static __device__ __forceinline__ void store_system(u32 *p, u32 v)
+{
+    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+
+static __device__ __forceinline__ u32 load_system(const u32 *p)
+{
+    u32 v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void prefetch_l2(const void *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+}
+
+// Barrier of the first THREADS threads; the producer warp takes no part.
+static __device__ __forceinline__ void consumer_barrier()
+{
+    asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");
+}
+
+static __device__ __forceinline__ u64 timer_ns()
+{
+    u64 t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
+static __device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
+// Four 8x8 tiles of half; lane i gives the address of row i % 8 of tile i / 8.
+static __device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+static __device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+t_if(PLAN_FAMILY == 75, {|// c[16][8] += a[16][16] b[16][8]: two steps of 8.
+static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
+{
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
+}|}, {|// c[16][8] += a[16][16] b[16][8].
+static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.t_if(PLAN_FP16, {|f16.f16|}, {|bf16.bf16|}).f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}|})
+
+t_if(PLAN_FAMILY == 75, {|// 16 bytes from global to shared memory; BYTES less than 16 leaves zeros behind them.
+static __device__ __forceinline__ void copy16(u32 dst, const void *src, int bytes)
+{
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (bytes)
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(src) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(dst), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+static __device__ __forceinline__ void copy_commit() {}
+template <int N> static __device__ __forceinline__ void copy_wait() {}|}, {|// 16 bytes from global to shared memory, later; BYTES 0 puts zeros there.
+static __device__ __forceinline__ void copy16(u32 dst, const void *src, int bytes)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+// Copies since the last commit are a group; wait until at most N groups are on their way.
+static __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> static __device__ __forceinline__ void copy_wait()
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}|})
+
+t_section({|Ring primitives: a stage is filled, has landed, is released|})
+
+// A stage is used again and again: use u of a stage carries chunk u * STAGES + stage.
+t_if(PLAN_FAMILY == 75, {|struct alignas(8) Gate {
+    u32 count; // uses landed, or warps that released
+    u32 unused;
+};
+
+static __device__ __forceinline__ u32 gate_count(const Gate *g)
+{
+    u32 v;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(&g->count)) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void gate_init(Gate *full, Gate *free) { full->count = free->count = 0; }
+static __device__ __forceinline__ void gate_init_done() {}
+
+static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use)
+{
+    bool landed = (int)(gate_count(full) - use) > 0;
+    __threadfence_block();
+    return landed;
+}
+
+// All warps have released use - 1.
+static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
+{
+    bool is_free = (int)(gate_count(free) - use * WARPS) >= 0;
+    __threadfence_block();
+    return is_free;
+}
+
+static __device__ __forceinline__ void gate_release(Gate *free)
+{
+    __threadfence_block();
+    atomicAdd(&free->count, 1);
+}
+
+// The producer warp brings BYTES (a multiple of 512) and opens the gate.
+static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
+{
+    const int lane = threadIdx.x % 32;
+    for (int i = lane * 16; i < bytes; i += 512)
+        *(uint4 *)((unsigned char *)dst + i) = *(const uint4 *)(src + i);
+    __threadfence_block();
+    __syncwarp();
+    if (lane == 0)
+        atomicAdd(&full->count, 1);
+    __syncwarp();
+}|}, {|typedef u64 Gate; // an mbarrier
+
+static __device__ __forceinline__ void gate_init(Gate *full, Gate *free)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(full)), "n"(t_if(PLAN_FAMILY >= 90, 1, 32)) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(free)), "n"(WARPS) : "memory");
+}
+
+static __device__ __forceinline__ void gate_init_done()
+{
+    t_if(PLAN_FAMILY >= 90, {|asm volatile("fence.proxy.async.shared::cta;" ::: "memory");|}, {|__threadfence_block();|})
+}
+
+static __device__ __forceinline__ bool gate_passed(Gate *g, u32 parity)
+{
+    u32 passed;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.t_if(PLAN_FAMILY >= 90, try_wait, test_wait).parity.shared.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(g)), "r"(parity) : "memory");
+    return passed;
+}
+
+static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return gate_passed(full, use & 1); }
+
+// All warps have released use - 1.
+static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
+{
+    return use == 0 || gate_passed(free, (use - 1) & 1);
+}
+
+static __device__ __forceinline__ void gate_release(Gate *free)
+{
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}"
+                 :: "r"(shared_address(free)) : "memory");
+}
+
+t_if(PLAN_FAMILY >= 90, {|// The producer warp starts a bulk copy of BYTES (a multiple of 512) that opens the gate.
+static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
+{
+    if (threadIdx.x % 32 == 0) {
+        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}"
+                     :: "r"(shared_address(full)), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                     :: "r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(full)) : "memory");
+    }
+    __syncwarp();
+}|}, {|// The producer warp starts copies of BYTES (a multiple of 512) that open the gate.
+static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
+{
+    const int lane = threadIdx.x % 32;
+    const u32 to = shared_address(dst);
+    for (int i = lane * 16; i < bytes; i += 512)
+        copy16(to + i, src + i, 16);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(full)) : "memory");
+    __syncwarp();
+}|})|})
+

@@ -1,0 +1,320 @@
+/* t-device.c - runtime/device.c against the fake driver: what works, and every error with
+   its exact text. */
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <unistd.h>
+
+#include "runtime/device.h"
+#include "tests/check.h"
+
+static struct mk_err err;
+
+static void pretend(const char *settings)
+{
+    setenv("FAKE_CUDA", settings, 1);
+}
+
+/* The fake driver lies beside this program, or in a .libs folder. */
+static int find_fake(char *path, size_t size)
+{
+    static const char *const folders[] = { "", ".libs/", "../", "../.libs/" };
+    char exe[2048];
+    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+
+    if (n <= 0)
+        return 0;
+    exe[n] = 0;
+    *(strrchr(exe, '/') + 1) = 0;
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
+        snprintf(path, size, "%s%slibfakecuda.so", exe, folders[i]);
+        if (!access(path, R_OK))
+            return 1;
+    }
+    return 0;
+}
+
+static void check_open_fails(const char *settings, int index, int code, const char *text)
+{
+    struct rt_device *d = (struct rt_device *) &err;
+
+    pretend(settings);
+    memset(&err, 0, sizeof err);
+    CHECK(rt_device_open(index, &d, &err) == code && err.code == code);
+    CHECK(!d);
+    CHECK_STR(err.text, text);
+}
+
+static void test_no_driver(void)
+{
+    struct rt_device *d;
+
+    setenv("MK_CUDA_DRIVER", "libno-such-driver.so", 1);
+    CHECK(rt_device_open(0, &d, &err) == MK_ENOGPU);
+    CHECK_STR(err.text, "no NVIDIA driver (libno-such-driver.so: cannot open shared object file: "
+              "No such file or directory)");
+    CHECK(rt_device_open(0, &d, NULL) == MK_ENOGPU);
+    setenv("MK_CUDA_DRIVER", "libc.so.6", 1);
+    CHECK(rt_device_open(0, &d, &err) == MK_ENOGPU);
+    CHECK_STR(err.text, "libc.so.6 has no cuInit: the NVIDIA driver is too old, "
+              "or this is another library");
+}
+
+static void test_open_errors(void)
+{
+    check_open_fails("cuInit=100", 0, MK_ENOGPU,
+                     "no usable GPU: cuInit: CUDA_ERROR_NO_DEVICE (said the fake)");
+    check_open_fails("cuInit=999", 0, MK_ENOGPU, "no usable GPU: cuInit: unknown CUDA error 999");
+    check_open_fails("driver=11040", 0, MK_ENOGPU, "the NVIDIA driver is too old: it is for CUDA "
+                     "11.4; CUDA 12.0 (driver 525) or newer is needed");
+    check_open_fails("devices=0", 0, MK_ENOGPU, "no GPU: the driver sees none");
+    check_open_fails("devices=2", 2, MK_ENOGPU, "there is no GPU number 2: the driver sees 2, "
+                     "numbered from 0");
+    check_open_fails("", -1, MK_ENOGPU, "there is no GPU number -1: the driver sees 1, "
+                     "numbered from 0");
+    check_open_fails("arch=61", 0, MK_ENOGPU, "Fake GPU (0) X0 has compute capability 6.1; "
+                     "7.5 or newer is needed");
+    check_open_fails("coop=0", 0, MK_ENOGPU, "Fake GPU (0) X0 cannot launch cooperative grids");
+    check_open_fails("cuDevicePrimaryCtxRetain=2", 0, MK_ENOMEM,
+                     "cuDevicePrimaryCtxRetain: CUDA_ERROR_OUT_OF_MEMORY (said the fake)");
+    check_open_fails("cuCtxSetCurrent=719", 0, MK_EDEVICE,
+                     "cuCtxSetCurrent: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+    check_open_fails("cuStreamCreate=2", 0, MK_ENOMEM,
+                     "cuStreamCreate: CUDA_ERROR_OUT_OF_MEMORY (said the fake)");
+}
+
+static void test_facts(void)
+{
+    struct rt_device *d;
+    struct gen_gpu g;
+
+    pretend("devices=3,arch=121,sms=48");
+    CHECK(rt_device_open(2, &d, &err) == 0);
+    rt_device_facts(d, &g);
+    CHECK_STR(rt_device_name(d), "Fake GPU (2) X2");
+    CHECK_STR(g.name, "fake-gpu-2-x2");
+    CHECK(rt_device_driver(d) == 13000);
+    CHECK(g.arch == 121 && g.sms == 48 && g.smem_block == 232448 && g.smem_sm == 233472);
+    CHECK(g.l2_bytes == 62914560 && g.clock_mhz == 1980 && g.mem_gbps == 4916);
+    CHECK(g.mem_bytes == 1 << 30);
+    for (int i = 0; i < 5; i++)
+        CHECK(g.clusters[i] == 0);
+    CHECK(rt_device_clock(d) == 0);
+    rt_device_close(d);
+    rt_device_close(NULL);
+}
+
+static void test_memory(void)
+{
+    static const char text[] = "forty-two";
+    struct rt_device *d;
+    size_t left, total;
+    char back[sizeof text];
+    void *host;
+    rt_ptr p, q;
+
+    pretend("memory=1000000");
+    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_device_alloc(d, 600000, &p, &err) == 0 && p);
+    rt_device_memory(d, &left, &total);
+    CHECK(left == 400000 && total == 1000000);
+    CHECK(rt_device_alloc(d, 600000, &q, &err) == MK_ENOMEM && !q);
+    CHECK_STR(err.text, "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY: 600000 bytes (0.00 GiB) wanted, "
+              "0.00 of 0.00 GiB are free on Fake GPU (0) X0");
+    CHECK(rt_device_set(d, p, 7, sizeof text, &err) == 0);
+    CHECK(rt_device_get(d, back, p, sizeof text, &err) == 0);
+    CHECK(back[0] == 7 && back[sizeof text - 1] == 7);
+    CHECK(rt_device_put(d, p, text, sizeof text, &err) == 0);
+    CHECK(rt_device_get(d, back, p, sizeof text, &err) == 0);
+    CHECK_STR(back, text);
+    CHECK(rt_device_put(d, 0, NULL, 0, &err) == 0);
+    rt_device_free(d, p);
+    rt_device_free(d, 0);
+
+    CHECK(rt_device_alloc_host(d, 100, &host, &p, &err) == 0);
+    CHECK(host && p);
+    rt_device_free_host(d, host);
+    rt_device_free_host(d, NULL);
+    pretend("cuMemHostAlloc=2");
+    CHECK(rt_device_alloc_host(d, 100, &host, &p, &err) == MK_ENOMEM && !host && !p);
+    CHECK_STR(err.text, "cuMemHostAlloc: CUDA_ERROR_OUT_OF_MEMORY: 100 bytes of page-locked "
+              "host memory wanted");
+    pretend("cuMemHostGetDevicePointer=719");
+    CHECK(rt_device_alloc_host(d, 100, &host, &p, &err) == MK_EDEVICE && !host && !p);
+    pretend("cuMemcpyHtoDAsync=719");
+    CHECK(rt_device_put(d, 64, text, 1, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "cuMemcpyHtoDAsync: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+    pretend("");
+    rt_device_close(d);
+}
+
+static void test_stream(void)
+{
+    struct rt_device *d;
+    rt_event a, b;
+    float ms = 0;
+
+    pretend("");
+    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_device_sync(d, &err) == 0);
+    CHECK(rt_device_done(d, &err) == 1);
+    pretend("busy=1");
+    CHECK(rt_device_done(d, &err) == 0);
+    pretend("cuStreamQuery=719,cuStreamSynchronize=719");
+    CHECK(rt_device_done(d, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "cuStreamQuery: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+    CHECK(rt_device_sync(d, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+    pretend("");
+    CHECK(rt_event_make(d, &a, &err) == 0 && rt_event_make(d, &b, &err) == 0);
+    CHECK(rt_event_record(d, a, &err) == 0 && rt_event_record(d, b, &err) == 0);
+    CHECK(rt_event_ms(d, a, b, &ms, &err) == 0 && ms == 1.5f);
+    pretend("cuEventSynchronize=719");
+    CHECK(rt_event_ms(d, a, b, &ms, &err) == MK_EDEVICE);
+    rt_event_free(d, a);
+    rt_event_free(d, b);
+    rt_event_free(d, NULL);
+    rt_device_close(d);
+}
+
+/* The head of a cubin: one section of SECTION bytes that lie behind the tables. */
+static size_t make_cubin(unsigned char *p, int abi, uint32_t flags, uint64_t section)
+{
+    uint16_t machine = 190, shentsize = 64, shnum = 1;
+    uint64_t shoff = 64, offset = 128;
+
+    memset(p, 0, 256);
+    memcpy(p, "\177ELF\2\1\1", 7);
+    p[8] = (unsigned char) abi;
+    memcpy(p + 18, &machine, 2);
+    memcpy(p + 40, &shoff, 8);
+    memcpy(p + 48, &flags, 4);
+    memcpy(p + 58, &shentsize, 2);
+    memcpy(p + 60, &shnum, 2);
+    p[64 + 4] = 1;
+    memcpy(p + 64 + 24, &offset, 8);
+    memcpy(p + 64 + 32, &section, 8);
+    return 256;
+}
+
+static void test_module(void)
+{
+    unsigned char cubin[256];
+    struct rt_device *d;
+    rt_module m;
+    rt_func f;
+    size_t n = make_cubin(cubin, 7, 0x5a055a, 128);
+
+    pretend("arch=90");
+    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_module_load(d, cubin, n, &m, &err) == 0 && m);
+    CHECK(rt_module_func(d, m, "mk_forward", 200000, &f, &err) == 0 && f);
+    CHECK(rt_module_func(d, m, "other", 0, &f, &err) == MK_EDEVICE && !f);
+    CHECK_STR(err.text, "kernel other: cuModuleGetFunction: CUDA_ERROR_NOT_FOUND (said the fake)");
+    CHECK(rt_module_func(d, m, "mk_forward", 232449, &f, &err) == MK_EDEVICE && !f);
+    CHECK_STR(err.text, "mk_forward wants 232449 bytes of shared memory; a block has 232448 on "
+              "Fake GPU (0) X0");
+    rt_module_free(d, m);
+    rt_module_free(d, NULL);
+
+    n = make_cubin(cubin, 8, 0x6005a04, 128);
+    CHECK(rt_module_load(d, cubin, n, &m, &err) == 0);
+    rt_module_free(d, m);
+    n = make_cubin(cubin, 8, 0x6005004, 128);
+    CHECK(rt_module_load(d, cubin, n, &m, &err) == MK_EUNSUPPORTED && !m);
+    CHECK_STR(err.text, "the cubin is for sm_80 and does not run on Fake GPU (0) X0, "
+              "which is sm_90");
+    n = make_cubin(cubin, 8, 0x6005a04, 129);
+    CHECK(rt_module_load(d, cubin, n, &m, &err) == MK_EFORMAT && !m);
+    CHECK_STR(err.text, "the 256 bytes given are not a whole cubin");
+    n = make_cubin(cubin, 8, 0x6005a04, 128);
+    for (size_t i = 0; i < n; i++)
+        CHECK(rt_module_load(d, cubin, i, &m, &err) == MK_EFORMAT);
+    pretend("arch=90,cuModuleLoadData=200");
+    CHECK(rt_module_load(d, cubin, n, &m, &err) == MK_EUNSUPPORTED && !m);
+    CHECK_STR(err.text, "the driver (for CUDA 13.0) refuses the cubin for sm_90; it may be older "
+              "than the compiler that made it: cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE "
+              "(said the fake)");
+    pretend("");
+    rt_device_close(d);
+}
+
+static void test_launch(void)
+{
+    unsigned char cubin[256];
+    struct rt_device *d;
+    void *params[1] = { cubin };
+    rt_module m;
+    rt_func f;
+    size_t n = make_cubin(cubin, 7, 0x5a055a, 128);
+
+    pretend("fit=2,sms=4");
+    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_module_load(d, cubin, n, &m, &err) == 0);
+    CHECK(rt_module_func(d, m, "mk_forward", 1024, &f, &err) == 0);
+    CHECK(rt_launch(d, f, 8, 256, 1024, 1, params, &err) == 0);
+    CHECK(rt_launch(d, f, 9, 256, 1024, 0, params, &err) == 0);
+    CHECK(rt_launch(d, f, 9, 256, 1024, 1, params, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "the cooperative grid has 9 blocks of 256 threads and 1024 bytes of "
+              "shared memory; 8 such blocks fit on Fake GPU (0) X0 at once");
+    CHECK(rt_launch(d, f, 0, 256, 1024, 1, params, &err) == MK_EINVAL);
+    CHECK_STR(err.text, "cannot launch 0 blocks of 256 threads with 1024 bytes of shared memory");
+    pretend("cuLaunchKernel=701");
+    CHECK(rt_launch(d, f, 8, 256, 1024, 0, params, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "8 blocks of 256 threads and 1024 bytes of shared memory: cuLaunchKernel: "
+              "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (said the fake)");
+    pretend("cuLaunchCooperativeKernel=719,fit=2");
+    CHECK(rt_launch(d, f, 8, 256, 1024, 1, params, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "8 blocks of 256 threads and 1024 bytes of shared memory: "
+              "cuLaunchCooperativeKernel: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+    pretend("");
+    rt_module_free(d, m);
+    rt_device_close(d);
+}
+
+static void *use_device(void *arg)
+{
+    rt_ptr p;
+
+    if (rt_device_alloc(arg, 64, &p, NULL) || rt_device_set(arg, p, 1, 64, NULL)
+        || rt_device_sync(arg, NULL))
+        return arg;
+    rt_device_free(arg, p);
+    return NULL;
+}
+
+static void test_other_thread(void)
+{
+    struct rt_device *d;
+    pthread_t t;
+    void *bad = NULL;
+
+    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(pthread_create(&t, NULL, use_device, d) == 0);
+    CHECK(pthread_join(t, &bad) == 0 && !bad);
+    rt_device_close(d);
+}
+
+int main(void)
+{
+    char path[4096];
+    void *lib;
+    int *live;
+
+    if (!find_fake(path, sizeof path))
+        SKIP("libfakecuda.so was not built");
+    pretend("");
+    test_no_driver();
+    setenv("MK_CUDA_DRIVER", path, 1);
+    test_open_errors();
+    test_facts();
+    test_memory();
+    test_stream();
+    test_module();
+    test_launch();
+    test_other_thread();
+    lib = dlopen(path, RTLD_NOW);
+    live = lib ? dlsym(lib, "fake_cuda_live") : NULL;
+    CHECKF(live && *live == 0, "%d driver objects were not freed", live ? *live : -1);
+    return check_done();
+}

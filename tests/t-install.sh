@@ -1,0 +1,125 @@
+#!/bin/sh
+# The installed package: files, symbols, header, pkg-config, manual pages, and an application
+# built against it that generates text - with a GPU also from a warm cache and from a pack.
+set -eu
+
+: "${srcdir:=tests}" "${MAKE:=make}" "${CC:=cc}" "${SAN_CFLAGS:=}"
+unset MAKEFLAGS MAKELEVEL MAKEOVERRIDES MK_CUBIN_PATH MK_M4 2>/dev/null || :
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+failed=0
+dest=$tmp/dest
+
+fail() { echo "failed: $*"; failed=1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# ---- What make install leaves ----
+
+$MAKE install DESTDIR="$dest" >"$tmp/log" 2>&1 || { cat "$tmp/log"; exit 1; }
+header=$(find "$dest" -name mk.h)
+lib=$(dirname "$(find "$dest" -name libmk.a)")
+bin=$(dirname "$(find "$dest" -name mkgen -type f)")
+man=$(dirname "$(find "$dest" -name mkgen.1)")
+prefix=${bin%/bin}
+for file in lib/libmk.so lib/pkgconfig/mkgen.pc include/mk.h share/mkgen/models/qwen3-0.6b/config.json; do
+    [ -e "$prefix/$file" ] || fail "$file is not installed"
+done
+[ "$(find "$dest" -name '*.h' | wc -l)" = 1 ] || fail "headers other than mk.h are installed"
+
+nm -D --defined-only "$lib/libmk.so" | awk '$2 != "A" { print $NF }' | sed 's/@.*//' >"$tmp/symbols"
+grep -q '^mk_generate$' "$tmp/symbols" || fail "libmk.so does not export mk_generate"
+if grep -v '^mk_' "$tmp/symbols"; then
+    fail "libmk.so exports the symbols above"
+fi
+
+# ---- The header in C99 and C++, alone ----
+
+echo '#include <mk.h>' >"$tmp/h.c"
+cp "$tmp/h.c" "$tmp/h.cc"
+if have "${CC%% *}"; then
+    $CC -std=c99 -pedantic -Wall -Wextra -Werror -fsyntax-only -I"${header%/*}" "$tmp/h.c" ||
+        fail "mk.h is no clean C99"
+fi
+if have c++; then
+    c++ -std=c++11 -pedantic -Wall -Wextra -Werror -fsyntax-only -I"${header%/*}" "$tmp/h.cc" ||
+        fail "mk.h is no clean C++"
+fi
+
+# ---- Programs and their manual pages ----
+
+for program in mkgen mkrun mkbench; do
+    version=$("$bin/$program" --version) || fail "$program --version"
+    case $version in
+    "$program "[0-9]*.[0-9]*.[0-9]*) ;;
+    *) fail "$program --version says '$version'" ;;
+    esac
+    "$bin/$program" --help >"$tmp/help" || fail "$program --help"
+    grep -q "^Usage: $program " "$tmp/help" || fail "$program --help does not begin with its usage"
+    page=$man/$program.1
+    [ -s "$page" ] || { fail "no manual page of $program"; continue; }
+    for option in $(grep -o -e '--[a-z][a-z0-9-]*' "$tmp/help" | sort -u); do
+        grep -q -e "Fl -${option#--}\>" "$page" || fail "$program.1 does not mention $option"
+    done
+    if have mandoc; then
+        mandoc -T lint -W warning "$page" || fail "$program.1 has warnings"
+    elif have man && man --version 2>&1 | grep -q man-db; then
+        warnings=$(LC_ALL=C.UTF-8 MANROFFSEQ='' man --warnings -l "$page" 2>&1 >/dev/null)
+        [ -z "$warnings" ] || fail "$program.1: $warnings"
+    fi
+done
+
+MK_MODELS_DIR=$prefix/share/mkgen/models
+export MK_MODELS_DIR
+(cd "$tmp" && "$bin/mkgen" --list-models | grep -q '^qwen3-0.6b ') ||
+    fail "the installed mkgen does not know qwen3-0.6b"
+
+# ---- An application, built as a user would ----
+
+demo=$MK_MODELS_DIR/demo
+have pkg-config && have "${CC%% *}" || { echo "the rest is skipped: no compiler or pkg-config"; exit $failed; }
+flags=$(PKG_CONFIG_PATH=$lib/pkgconfig pkg-config --define-variable=prefix="$prefix" --cflags --libs mkgen)
+$CC -Wall -Wextra -Werror $SAN_CFLAGS "$srcdir/example/example.c" $flags -o "$tmp/example" ||
+    { fail "the example does not build"; exit 1; }
+LD_LIBRARY_PATH=$lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export LD_LIBRARY_PATH
+
+# run NAME KERNEL COMMAND...: the example must write text and have its kernel from KERNEL.
+run()
+{
+    name=$1 kernel=$2
+    shift 2
+    if ! "$@" >"$tmp/$name.out" 2>"$tmp/$name.err"; then
+        fail "the example, $name: $(cat "$tmp/$name.err")"
+        return
+    fi
+    echo "$name: $(cat "$tmp/$name.out")"
+    [ "$(wc -c <"$tmp/$name.out")" -gt 40 ] || fail "the example, $name: hardly any text"
+    grep -q "^kernel: $kernel" "$tmp/$name.err" || fail "the example, $name: $(cat "$tmp/$name.err")"
+}
+prompt='The old man looked at the sea and'
+
+if "$tmp/example" "$tmp/none" "$prompt" >/dev/null 2>"$tmp/err"; then
+    fail "the example takes a model folder that is not there"
+fi
+grep -q "$tmp/none" "$tmp/err" || fail "the missing folder is not named: $(cat "$tmp/err")"
+
+if ! "$bin/mkgen" --print-gpu >/dev/null 2>"$tmp/gpu"; then
+    run cpu 'none: CPU' "$tmp/example" "$demo" "$prompt"
+    echo "runs from a cold cache, a warm cache and a pack are skipped: $(cat "$tmp/gpu")"
+    exit $failed
+fi
+
+MK_CACHE_DIR=$tmp/cache
+export MK_CACHE_DIR
+run cold compiled "$tmp/example" "$demo" "$prompt"
+# No m4 and no NVRTC from here on.
+mkdir "$tmp/empty"
+bare="env PATH=$tmp/empty MK_M4=$tmp/empty/m4 MK_NVRTC=$tmp/empty/libnvrtc.so"
+run warm cache $bare "$tmp/example" "$demo" "$prompt"
+"$bin/mkgen" -q --model "$demo" --pack "$tmp/pack" || fail "mkgen --pack"
+rm -rf "$tmp/cache"
+run pack pack $bare MK_CUBIN_PATH="$tmp/pack" MK_CACHE_DIR=/nonexistent HOME=/nonexistent \
+    "$tmp/example" "$demo" "$prompt"
+cmp "$tmp/cold.out" "$tmp/warm.out" && cmp "$tmp/cold.out" "$tmp/pack.out" ||
+    fail "the three runs wrote different texts"
+exit $failed
