@@ -8,6 +8,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -103,20 +104,19 @@ static int find_part(void *arg, const char *name, const char *text)
 /* Give m4's complaint "m4:stdin:123: TEXT" its template's name and line. */
 static int m4_complaint(const char *params, char *log, struct mk_err *err)
 {
-    char *text = log, *colon;
-    struct place place = {0, "m4"};
+    struct place place = {0, NULL};
+    char *at, *text;
+    long line;
 
     log[strcspn(log, "\n")] = 0;
-    if (strncmp(text, "m4:", 3) == 0 || strstr(text, "m4:stdin:")) {
-        colon = strstr(text, "stdin:");
-        if (colon) {
-            place.line = (int)strtol(colon + 6, &text, 10);
-            each_part(params, find_part, &place);
-            text += strspn(text, ": ");
-            return gen_fail(err, MK_ECOMPILE, "%s:%d: %s", place.name, place.line, text);
-        }
+    at = strstr(log, "m4:stdin:");
+    if (at) {
+        line = strtol(at + 9, &text, 10);
+        place.line = line > 0 && line < INT_MAX ? (int)line : INT_MAX;
+        if (each_part(params, find_part, &place))
+            return gen_fail(err, MK_ECOMPILE, "%s:%d: %s", place.name, place.line, text + strspn(text, ": "));
     }
-    return gen_fail(err, MK_ECOMPILE, "m4: %s", text);
+    return gen_fail(err, MK_ECOMPILE, "m4: %s", log);
 }
 
 /* ---- Running m4 ---------------------------------------------------------- */
@@ -148,15 +148,17 @@ static int run_m4(const int fd[3], int *status, struct mk_err *err)
                         m4, strerror(rc));
     while ((rc = waitpid(pid, status, 0)) < 0 && errno == EINTR)
         ;
-    if (rc < 0)
+    if (rc < 0 && errno != ECHILD)
         return gen_fail(err, MK_ETOOL, "%s: waitpid: %s", m4, strerror(errno));
+    if (rc < 0)     /* m4 has ended, but this program lets others or no one take its status */
+        *status = 0;
     if (!WIFEXITED(*status))
         return gen_fail(err, MK_ECOMPILE, "%s was killed by signal %d", m4, WTERMSIG(*status));
     return 0;
 }
 
-/* All of FD as a string; NULL: no memory or a read error. */
-static char *slurp(int fd)
+/* All of FD as a string and its SIZE; NULL: no memory or a read error. */
+static char *slurp(int fd, size_t *bytes)
 {
     off_t size = lseek(fd, 0, SEEK_END), done = 0;
     char *text = size < 0 ? NULL : malloc((size_t)size + 1);
@@ -169,8 +171,10 @@ static char *slurp(int fd)
         }
         done += n;
     }
-    if (text)
+    if (text) {
         text[size] = 0;
+        *bytes = (size_t)size;
+    }
     return text;
 }
 
@@ -214,7 +218,7 @@ static int check_output(const char *text, struct mk_err *err)
 {
     int line = 1;
 
-    if (!strstr(text, "mk_decode") || !strstr(text, "mk_prefill") || !strstr(text, "mk_pack"))
+    if (!strstr(text, "mk_decode(") || !strstr(text, "mk_prefill(") || !strstr(text, "mk_pack("))
         return gen_fail(err, MK_ECOMPILE, "%s: its output is not the kernel", m4_program());
     for (const char *c = text; *c; ) {
         size_t len = 0;
@@ -236,6 +240,7 @@ int gen_emit(const char *params, char **src, struct mk_err *err)
 {
     int fd[3] = {-1, -1, -1}, status = 0, rc = 0;
     char *text = NULL, *log = NULL;
+    size_t size = 0, log_size = 0;
 
     *src = NULL;
     for (int i = 0; i < 3; i++)
@@ -250,18 +255,20 @@ int gen_emit(const char *params, char **src, struct mk_err *err)
     rc = run_m4(fd, &status, err);
     if (rc)
         goto done;
-    text = slurp(fd[1]);
-    log = slurp(fd[2]);
+    text = slurp(fd[1], &size);
+    log = slurp(fd[2], &log_size);
     if (!text || !log) {
         rc = gen_fail(err, MK_ENOMEM, "m4's output: no memory");
         goto done;
     }
     if (WEXITSTATUS(status) == 127)
         rc = gen_fail(err, MK_ETOOL, "%s cannot be run", m4_program());
-    else if (*log)
+    else if (log_size)
         rc = m4_complaint(params, log, err);
     else if (WEXITSTATUS(status))
         rc = gen_fail(err, MK_ECOMPILE, "%s: exit status %d", m4_program(), WEXITSTATUS(status));
+    else if (strlen(text) != size)
+        rc = gen_fail(err, MK_ECOMPILE, "%s: its output has a zero byte", m4_program());
     if (rc)
         goto done;
     tidy(text);

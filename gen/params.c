@@ -227,8 +227,8 @@ static void dump_choices(FILE *f, const struct gen_plan *p)
             p->round_blocks, p->split_min, p->head_group, p->tokens_per_launch);
     fprintf(f, "prefill_tokens = %d\ngemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n",
             p->prefill_tokens, p->gemm_m, p->gemm_n, p->gemm_k, p->gemm_stages);
-    fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\n", p->flash_m, p->flash_n,
-            p->unroll_layers ? "loop" : "list", p->dtype == GEN_FP16 ? "fp16" : "bf16");
+    fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\nfault = %s\n", p->flash_m, p->flash_n,
+            p->unroll_layers ? "loop" : "list", p->dtype == GEN_FP16 ? "fp16" : "bf16", p->fault ? "hang" : "none");
 }
 
 static void dump_tables(FILE *f, const struct gen_plan *p)

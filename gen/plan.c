@@ -3,12 +3,15 @@
 #include "config.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "gen/gen.h"
 
@@ -17,6 +20,9 @@
 enum { INFLIGHT_BYTES = 49152, INFLIGHT_HOP_BYTES = 16384 };
 /* A launch must not hold the GPU longer than this. */
 enum { LAUNCH_US = 100000 };
+/* The templates count bytes of a layer, of a phase and of prefill's activations in int, and
+   the chunks of a launch in 32 bits; a loop may step past the end. */
+enum { MOST_LAYER_BYTES = 1 << 30, MOST_CHUNKS = INT_MAX };
 
 struct key {
     const char *name;
@@ -144,14 +150,34 @@ static int set_line(struct gen_plan *p, const char *where, char *line, unsigned 
     return set_key(p, where, trim(line), trim(eq + 1), set, err);
 }
 
+/* A regular file: opening anything else may wait for ever. */
+static int open_plan_file(const char *path, FILE **out, struct mk_err *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), rc = 0;
+    struct stat st;
+
+    *out = NULL;
+    if (fd < 0)
+        return gen_fail(err, errno == ENOENT ? MK_ENOENT : MK_EIO, "%s: %s", path, strerror(errno));
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+        rc = gen_fail(err, MK_EIO, "%s: not a regular file", path);
+    else if (!(*out = fdopen(fd, "r")))
+        rc = gen_fail(err, MK_ENOMEM, "%s: no memory", path);
+    if (rc)
+        close(fd);
+    return rc;
+}
+
+/* What --dump-plan prints is a plan file too: only its section "[choices]" counts. */
 static int read_plan_file(struct gen_plan *p, const char *path, unsigned long *set, struct mk_err *err)
 {
     char line[512], where[4200], *text;
-    FILE *f = fopen(path, "r");
-    int rc = 0;
+    int rc, choices = 1;
+    FILE *f;
 
-    if (!f)
-        return gen_fail(err, errno == ENOENT ? MK_ENOENT : MK_EIO, "%s: %s", path, strerror(errno));
+    rc = open_plan_file(path, &f, err);
+    if (rc)
+        return rc;
     for (int n = 1; rc == 0 && fgets(line, sizeof line, f); n++) {
         snprintf(where, sizeof where, "%s:%d", path, n);
         if (!strchr(line, '\n') && !feof(f)) {
@@ -160,7 +186,9 @@ static int read_plan_file(struct gen_plan *p, const char *path, unsigned long *s
         }
         line[strcspn(line, "#")] = 0;
         text = trim(line);
-        if (*text && (rc = set_line(p, where, text, set, err)) == MK_EINVAL)
+        if (*text == '[')
+            choices = !strcmp(text, "[choices]");
+        else if (*text && choices && (rc = set_line(p, where, text, set, err)) == MK_EINVAL)
             rc = err ? (err->code = MK_EFORMAT) : MK_EFORMAT;
     }
     if (rc == 0 && ferror(f))
@@ -217,7 +245,7 @@ static void plan_phase(struct gen_plan *p, int id, int rows, int cols, int step)
     f->units = ceil_div(cols, 32);
     f->blocks = ceil_div(rows, 8);
     f->step = step;
-    f->spans = ceil_div(f->units * 512, p->chunk_bytes);
+    f->spans = ceil_div(f->units, p->chunk_bytes / 512);
     f->span_units = ceil_div(f->units, f->spans);
     f->spans = ceil_div(f->units, f->span_units);
     f->cta_blocks = ceil_div(f->blocks / step, p->ctas) * step;
@@ -314,12 +342,14 @@ static int fixed_smem(struct gen_plan *p)
          + p->warps * (4 + 16) + 256 + 1024;    /* sum, best, hist; args, flags, alignment */
 }
 
+/* Stages of the wide tile; two of attention's, which takes up to four; two of the tiles for few
+   tokens, which have 16 KiB each (templates/prefill.cu.m4). */
 static int prefill_smem(const struct gen_plan *p)
 {
     int gemm = p->gemm_stages * (p->gemm_m + p->gemm_n) * p->gemm_k * 2;
-    int flash = (p->flash_m + 4 * p->flash_n) * (p->model.E + 8) * 2;
+    int flash = 2 * p->flash_n * p->model.E * 4;
 
-    return max_int(gemm, flash) + 1024;
+    return max_int(max_int(gemm, flash), 2 * 16384) + 1024;
 }
 
 /* Ring stages that fit beside the rest, 0 if not even one. */
@@ -332,24 +362,45 @@ static int stages_that_fit(struct gen_plan *p)
 
 /* ---- Choices ------------------------------------------------------------- */
 
+/* Make the first choice of prefill smaller that the caller has not made and that can be.
+   Returns 0 when there is none. */
+static int shrink_prefill(struct gen_plan *p, unsigned long set)
+{
+    const struct { size_t offset; int least, step; } choices[] = {
+        {AT(gemm_stages), 2, 1}, {AT(flash_n), 32, 32}, {AT(gemm_k), 32, 32},
+        {AT(gemm_m), 64, 64}, {AT(gemm_n), 64, 64},
+    };
+
+    for (size_t i = 0; i < sizeof choices / sizeof *choices; i++) {
+        int *choice = (int *)((char *)p + choices[i].offset);
+        if (!is_set(set, choices[i].offset) && *choice > choices[i].least) {
+            *choice -= choices[i].step;
+            return 1;
+        }
+    }
+    return 0;
+}
+
 static void choose_prefill(struct gen_plan *p, unsigned long set)
 {
-    const int smem = p->gpu.smem_block;
+    const int small = p->gpu.smem_block < 90000;
 
     if (!is_set(set, AT(prefill_tokens)))
         p->prefill_tokens = min_int(2048, (int)align_up(p->context, 16));
     if (!is_set(set, AT(gemm_m)))
-        p->gemm_m = smem >= 90000 ? 128 : 64;
+        p->gemm_m = small ? 64 : 128;
     if (!is_set(set, AT(gemm_n)))
         p->gemm_n = 128;
     if (!is_set(set, AT(gemm_k)))
-        p->gemm_k = smem >= 90000 ? 64 : 32;
-    if (!is_set(set, AT(gemm_stages)))
-        p->gemm_stages = smem >= 160000 ? 4 : smem >= 90000 ? 2 : 3;
+        p->gemm_k = small ? 32 : 64;
+    if (!is_set(set, AT(gemm_stages)))      /* sm_75 copies at once: a third stage gains nothing */
+        p->gemm_stages = p->family == 75 ? 2 : 4;
     if (!is_set(set, AT(flash_m)))
         p->flash_m = 128;
     if (!is_set(set, AT(flash_n)))
-        p->flash_n = smem >= 90000 ? 64 : 32;
+        p->flash_n = 64;
+    while (prefill_smem(p) > p->gpu.smem_block && shrink_prefill(p, set))
+        ;
 }
 
 static void choose_decode(struct gen_plan *p, unsigned long set)
@@ -377,6 +428,10 @@ static void choose_decode(struct gen_plan *p, unsigned long set)
 
 static void choose_ring(struct gen_plan *p, unsigned long set)
 {
+    while (stages_that_fit(p) < 2 && p->chunk_bytes > 1024 && !is_set(set, AT(chunk_bytes))) {
+        p->chunk_bytes /= 2;
+        plan_streams(p);
+    }
     if (!is_set(set, AT(stages)))
         p->stages = max_int(2, min_int(16, stages_that_fit(p)));
     if (!is_set(set, AT(inflight)))
@@ -389,10 +444,9 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
     p->prefill_smem_bytes = prefill_smem(p);
 }
 
-static int check_plan(const struct gen_plan *p, struct mk_err *err)
+static int check_choices(const struct gen_plan *p, struct mk_err *err)
 {
     const struct gen_model *m = &p->model;
-    struct gen_plan fit = *p;
 
     if (p->ctas > p->gpu.sms || p->ctas > m->D / 8)
         return gen_fail(err, MK_EINVAL, "plan: ctas is %d; %s has %d SMs and hidden_size %d allows %d",
@@ -407,10 +461,45 @@ static int check_plan(const struct gen_plan *p, struct mk_err *err)
     if (p->inflight > p->stages || p->inflight_hop > p->inflight)
         return gen_fail(err, MK_EINVAL, "plan: inflight is %d and inflight_hop %d; they must not exceed "
                         "stages %d and inflight", p->inflight, p->inflight_hop, p->stages);
+    return 0;
+}
+
+/* What the templates count in 32 bits. */
+static int check_counts(const struct gen_plan *p, struct mk_err *err)
+{
+    const struct gen_phase *head = &p->phase[GEN_HEAD];
+    int64_t chunks = 0;
+
+    if (p->layer_bytes > MOST_LAYER_BYTES || p->cta_bytes - p->head_offset > INT_MAX)
+        return gen_fail(err, MK_EUNSUPPORTED, "plan: a layer has %lld bytes in the stream of each of %d CTAs "
+                        "and the head %lld; at most %d and %d are supported", (long long)p->layer_bytes, p->ctas,
+                        (long long)(p->cta_bytes - p->head_offset), MOST_LAYER_BYTES, INT_MAX);
+    for (int i = 0; i < GEN_HEAD; i++)
+        chunks += (int64_t)p->phase[i].cta_blocks * p->phase[i].spans;
+    chunks = chunks * p->model.L + (int64_t)head->cta_blocks * head->spans;
+    if (chunks * p->tokens_per_launch > MOST_CHUNKS)
+        return gen_fail(err, MK_EINVAL, "plan: %d tokens of %lld chunks each are too many for a launch; "
+                        "make tokens_per_launch smaller or chunk_bytes larger", p->tokens_per_launch,
+                        (long long)chunks);
+    if ((int64_t)p->prefill_tokens * p->x_elems * 2 > MOST_LAYER_BYTES)
+        return gen_fail(err, MK_EINVAL, "plan: prefill_tokens is %d; with %d columns at most %d are supported",
+                        p->prefill_tokens, p->x_elems, MOST_LAYER_BYTES / (p->x_elems * 2) / 16 * 16);
+    return 0;
+}
+
+static int check_plan(const struct gen_plan *p, struct mk_err *err)
+{
+    struct gen_plan fit = *p;
+    int rc = check_choices(p, err);
+
+    if (rc == 0)
+        rc = check_counts(p, err);
+    if (rc)
+        return rc;
     if (p->smem_bytes > p->gpu.smem_block)
-        return gen_fail(err, MK_EINVAL, "plan: decode needs %d bytes of shared memory and a block of %s has %d; "
-                        "%d stages of %d bytes would fit", p->smem_bytes, p->gpu.name, p->gpu.smem_block,
-                        stages_that_fit(&fit), p->stage_bytes);
+        return gen_fail(err, MK_EINVAL, "plan: decode needs %d bytes of shared memory, %d of them beside the ring, "
+                        "and a block of %s has %d; %d stages of %d bytes would fit", p->smem_bytes,
+                        fixed_smem(&fit), p->gpu.name, p->gpu.smem_block, stages_that_fit(&fit), p->stage_bytes);
     if (p->prefill_smem_bytes > p->gpu.smem_block)
         return gen_fail(err, MK_EINVAL, "plan: prefill needs %d bytes of shared memory and a block of %s has %d; "
                         "make gemm_stages or flash_n smaller", p->prefill_smem_bytes, p->gpu.name, p->gpu.smem_block);

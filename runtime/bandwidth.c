@@ -70,7 +70,7 @@ static const char source[] =
     "    return v;\n"
     "}\n"
     "\n"
-    "// Tiles of 8 x 512 words of 16 bytes: a thread has 8 loads in flight.\n"
+    "// Tiles of 8 x 512 words of 16 bytes: 8 loads of a thread at a time.\n"
     "extern \"C\" __global__ void __launch_bounds__(512)\n"
     "bw_loads(const uint4 *p, u64 tiles, u32 *total)\n"
     "{\n"
@@ -324,8 +324,8 @@ static void describe(const struct reader *r, const struct method *m, char text[1
     int n;
 
     if (m->per_sm)
-        n = snprintf(text, 128, "16-byte loads, 8 in flight a thread, %d CTA%s of %d threads an SM",
-                     m->per_sm, m->per_sm > 1 ? "s" : "", LOAD_THREADS);
+        n = snprintf(text, 128, "16-byte loads, 8 at a time by each of %d x %d threads an SM",
+                     m->per_sm, LOAD_THREADS);
     else
         n = snprintf(text, 128, "bulk copies of %d KiB, %d in flight an SM", m->chunk / 1024,
                      m->stages);

@@ -1,6 +1,6 @@
 /* bench.h - the engine's second door, for mkbench and the big checks: it times the kernels
    that mk_append and mk_generate launch, and checks the very run that was timed.
-   Implemented in engine.c; needs a GPU.  One rt_bench is used by one thread.
+   Implemented in bench.c; needs a GPU.  One rt_bench is used by one thread.
 
    The token at position I of every run is pseudo-random, rt_sample_hash(seed, I, 0) % V,
    until decode chooses its own; so that a position can be reached without a prompt.
@@ -46,7 +46,8 @@ void rt_bench_facts(const struct rt_bench *b, struct rt_bench_facts *out);
 
 /* Read bandwidth of this GPU, 1e9 bytes per second: the best of several ways of reading at
    least 4 GiB (less when that much is not free: METHOD says so); METHOD names the winner.
-   Returns 0, MK_ENOMEM, MK_EDEVICE. */
+   Needs NVRTC, also where the kernels come from a pack: the readers are compiled here.
+   Returns 0, MK_ENOMEM, MK_EDEVICE, MK_ETOOL (no NVRTC), MK_ECOMPILE, MK_EUNSUPPORTED. */
 int rt_bench_bandwidth(struct rt_bench *b, double *gbps, char method[128], struct mk_err *err);
 
 /* Bytes that must be read to decode the token at position POS: the weights that a token
@@ -91,7 +92,8 @@ struct rt_bench_verdict {
 /* Check the last rt_bench_decode: all its runs gave the same tokens; and the first and
    the last 4 of them (all, when n < 8), teacher-forced against the C oracle (cpu.h) on the
    same weights and on the KV rows copied from the device: each must be the oracle's
-   choice, or the oracle's margin be within the tolerance.
+   choice, or the oracle's margin be within the tolerance.  The same positions, run again for
+   their logits, must choose the same and have logits and KV rows within the tolerance.
    Returns 0 with *OUT filled (also when it is wrong); negative: it could not be checked. */
 int rt_bench_check_decode(struct rt_bench *b, struct rt_bench_verdict *out, struct mk_err *err);
 

@@ -3,7 +3,7 @@
 
 #include <errno.h>
 #include <limits.h>
-#include <signal.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -23,6 +23,7 @@ struct mk_model {
     struct rt_weights *weights;
     struct rt_tokenizer *tokenizer;     /* NULL: the folder has none */
     struct rt_engine *engine;           /* NULL: the CPU */
+    pthread_mutex_t making;             /* held while a context is made: the first loads the weights */
     char *strings[3];                   /* copies behind options */
     char **set;                         /* likewise */
 };
@@ -35,7 +36,8 @@ struct mk_context {
     int used;                           /* tokens */
     int computed;                       /* tokens at the beginning whose KV rows are there */
     int32_t *tokens;                    /* [length] */
-    volatile sig_atomic_t canceled;
+    volatile int canceled;              /* set by mk_cancel, from any thread or a signal handler */
+    struct rt_utf8 utf8;                /* half a character, when generated tokens end in one */
     struct mk_stats stats;
     double call_start;                  /* of the last mk_append, for first_token_s; 0: none since */
 };
@@ -69,11 +71,9 @@ static int copy_options(struct mk_model *m, const struct mk_options *o, struct m
 {
     size_t n = 0;
 
-    if (o) {
-        if (o->size != sizeof *o)
-            return gen_fail(err, MK_EINVAL, "mk_open: options.size is %zu, not %zu", o->size, sizeof *o);
+    m->options.size = sizeof m->options;
+    if (o)
         m->options = *o;
-    }
     if (!m->options.cubin_path)
         m->options.cubin_path = getenv("MK_CUBIN_PATH");
     if (copy_string(m, 0, &m->options.device) || copy_string(m, 1, &m->options.cubin_path) ||
@@ -91,9 +91,36 @@ static int copy_options(struct mk_model *m, const struct mk_options *o, struct m
     return m->set ? 0 : gen_fail(err, MK_ENOMEM, "mk_open: no memory");
 }
 
+static const char *device_wanted(const struct mk_options *o)
+{
+    return o && o->size == sizeof *o && o->device ? o->device : "auto";
+}
+
+/* What can be refused before a file is read. */
+static int check_open(const char *dir, const struct mk_options *o, struct mk_err *err)
+{
+    const char *device = device_wanted(o);
+    struct stat st;
+
+    if (!dir || !*dir)
+        return gen_fail(err, MK_EINVAL, "mk_open: no model folder");
+    if (o && o->size != sizeof *o)
+        return gen_fail(err, MK_EINVAL, "mk_open: options.size is %zu, not %zu", o->size, sizeof *o);
+    if (strcmp(device, "cpu") && strcmp(device, "gpu") && strcmp(device, "auto"))
+        return gen_fail(err, MK_EINVAL, "device is \"%.40s\"; it must be auto, gpu or cpu", device);
+    if (o && o->threads < 0)
+        return gen_fail(err, MK_EINVAL, "mk_open: options.threads is %d", o->threads);
+    if (stat(dir, &st))
+        return gen_fail(err, errno == ENOENT ? MK_ENOENT : MK_EIO, "%s: %s", dir,
+                        errno == ENOENT ? "no such folder" : strerror(errno));
+    if (!S_ISDIR(st.st_mode))
+        return gen_fail(err, MK_ENOENT, "%s: not a folder", dir);
+    return 0;
+}
+
 static int open_engine(struct mk_model *m, struct mk_err *err)
 {
-    const char *device = m->options.device ? m->options.device : "auto";
+    const char *device = device_wanted(&m->options);
     const struct rt_engine_options options = {
         m->options.cubin_path, m->options.plan_file, m->options.set,
         m->options.progress, m->options.warn, m->options.user,
@@ -102,8 +129,6 @@ static int open_engine(struct mk_model *m, struct mk_err *err)
 
     if (!strcmp(device, "cpu"))
         return 0;
-    if (strcmp(device, "gpu") && strcmp(device, "auto"))
-        return gen_fail(err, MK_EINVAL, "device is \"%.40s\"; it must be auto, gpu or cpu", device);
     rc = rt_engine_open(&m->model, m->weights, &options, &m->engine, err);
     if (rc == MK_ENOGPU && !strcmp(device, "auto"))
         rc = 0;
@@ -113,19 +138,18 @@ static int open_engine(struct mk_model *m, struct mk_err *err)
 int mk_open(const char *dir, const struct mk_options *options, struct mk_model **out, struct mk_err *err)
 {
     struct mk_model *m = NULL;
-    struct stat st;
     int rc;
 
     if (!out)
         return gen_fail(err, MK_EINVAL, "mk_open: out is NULL");
     *out = NULL;
-    if (!dir || !*dir)
-        return gen_fail(err, MK_EINVAL, "mk_open: no model folder");
-    if (stat(dir, &st) || !S_ISDIR(st.st_mode))
-        return gen_fail(err, MK_ENOENT, "%s: %s", dir, errno == ENOENT ? "no such folder" : "not a folder");
+    rc = check_open(dir, options, err);
+    if (rc)
+        return rc;
     m = calloc(1, sizeof *m);
     if (!m)
         return gen_fail(err, MK_ENOMEM, "mk_open: no memory");
+    pthread_mutex_init(&m->making, NULL);
     rc = copy_options(m, options, err);
     if (rc == 0)
         rc = gen_model_read(dir, &m->model, err);
@@ -157,6 +181,7 @@ void mk_close(struct mk_model *m)
     for (char **s = m->set; s && *s; s++)
         free(*s);
     free(m->set);
+    pthread_mutex_destroy(&m->making);
     free(m);
 }
 
@@ -167,8 +192,10 @@ static int resident_type(const struct mk_model *m)
 
 int mk_model_info(const struct mk_model *m, struct mk_info *info, struct mk_err *err)
 {
-    if (!m || !info || info->size != sizeof *info)
-        return gen_fail(err, MK_EINVAL, "mk_model_info: size is not set");
+    if (!m || !info)
+        return gen_fail(err, MK_EINVAL, "mk_model_info: no %s", m ? "info" : "model");
+    if (info->size != sizeof *info)
+        return gen_fail(err, MK_EINVAL, "mk_model_info: info.size is %zu, not %zu", info->size, sizeof *info);
     info->name = m->model.name;
     info->device = m->engine ? rt_device_name(rt_engine_device(m->engine)) : "cpu";
     info->vocab = m->model.V;
@@ -185,7 +212,9 @@ static int need_tokenizer(const struct mk_model *m, struct mk_err *err)
 {
     if (m && m->tokenizer)
         return 0;
-    return gen_fail(err, MK_EINVAL, "%s has no tokenizer.json", m ? m->model.name : "the model");
+    if (!m)
+        return gen_fail(err, MK_EINVAL, "no model");
+    return gen_fail(err, MK_EINVAL, "%s has no tokenizer.json", m->model.name);
 }
 
 int mk_tokenize(const struct mk_model *m, const char *text, size_t len, int flags,
@@ -209,12 +238,15 @@ int mk_chat_tokens(const struct mk_model *m, const char *system, const char *use
     return rt_chat_tokens(m->tokenizer, m->model.family, system, user, first, tokens, cap, n, err);
 }
 
-int mk_token_bytes(const struct mk_model *m, int32_t token, const char **bytes, size_t *len, struct mk_err *err)
+int mk_token_bytes(const struct mk_model *m, int32_t token, const char **bytes, size_t *len,
+                   struct mk_err *err)
 {
     int special;
 
     if (need_tokenizer(m, err))
         return MK_EINVAL;
+    if (!bytes || !len)
+        return gen_fail(err, MK_EINVAL, "mk_token_bytes: bad arguments");
     return rt_tokenizer_bytes(m->tokenizer, token, bytes, len, &special, err);
 }
 
@@ -228,14 +260,33 @@ int mk_token_is_end(const struct mk_model *m, int32_t token)
 
 /* ---- Contexts ------------------------------------------------------------ */
 
+/* The part that computes. */
+static int make_backend(struct mk_context *c, struct mk_err *err)
+{
+    struct mk_model *m = c->model;
+    const double start = now_s();
+    int rc;
+
+    pthread_mutex_lock(&m->making);
+    if (m->engine)
+        rc = rt_session_make(m->engine, c->length, &c->session, err);
+    else
+        rc = rt_cpu_make(&m->model, m->weights, resident_type(m), 1, c->length, m->options.threads, &c->cpu, err);
+    pthread_mutex_unlock(&m->making);
+    c->stats.load_s = now_s() - start;
+    return rc;
+}
+
 int mk_context_make(struct mk_model *m, int length, struct mk_context **out, struct mk_err *err)
 {
     struct mk_context *c = NULL;
     int rc;
 
-    if (!out || !m)
-        return gen_fail(err, MK_EINVAL, "mk_context_make: no model");
+    if (!out)
+        return gen_fail(err, MK_EINVAL, "mk_context_make: out is NULL");
     *out = NULL;
+    if (!m)
+        return gen_fail(err, MK_EINVAL, "mk_context_make: no model");
     if (length < 0 || length > m->model.max_context)
         return gen_fail(err, MK_EINVAL, "context is %d; %s takes 1..%d tokens", length, m->model.name,
                         m->model.max_context);
@@ -247,10 +298,8 @@ int mk_context_make(struct mk_model *m, int length, struct mk_context **out, str
     c->tokens = calloc((size_t)c->length, sizeof *c->tokens);
     if (!c->tokens)
         rc = gen_fail(err, MK_ENOMEM, "no memory for a context of %d tokens", c->length);
-    else if (m->engine)
-        rc = rt_session_make(m->engine, c->length, &c->session, err);
     else
-        rc = rt_cpu_make(&m->model, m->weights, resident_type(m), 1, c->length, m->options.threads, &c->cpu, err);
+        rc = make_backend(c, err);
     if (rc)
         mk_context_free(c);
     else
@@ -270,49 +319,59 @@ void mk_context_free(struct mk_context *c)
 
 int mk_context_length(const struct mk_context *c)
 {
-    return c->length;
+    return c ? c->length : 0;
 }
 
 int mk_context_used(const struct mk_context *c)
 {
-    return c->used;
+    return c ? c->used : 0;
 }
 
 const int32_t *mk_context_tokens(const struct mk_context *c)
 {
-    return c->tokens;
+    return c ? c->tokens : NULL;
 }
 
+/* In this order, and take_cancel in the other: a cancel that arrives in the middle of it is seen. */
 void mk_cancel(struct mk_context *c)
 {
+    if (!c)
+        return;
     c->canceled = 1;
     if (c->session)
         rt_session_cancel(c->session);
 }
 
-/* 1 and an error if a cancel came; it is used up by this. */
-static int take_cancel(struct mk_context *c, struct mk_err *err)
+/* 1 if a cancel came since the last time; it is used up by this. */
+static int take_cancel(struct mk_context *c)
 {
-    const int was = c->canceled;
-
-    c->canceled = 0;
     if (c->session)
         rt_session_cancelled(c->session);
-    return was ? gen_fail(err, MK_ECANCELED, "canceled") : 0;
+    return __atomic_exchange_n(&c->canceled, 0, __ATOMIC_SEQ_CST);
 }
 
-/* The same for a call that ended with RC: a cancel that came too late counts no more. */
-static int end_call(struct mk_context *c, int rc, struct mk_err *err)
+/* First step of a call on C: MK_ECANCELED if a cancel came before it. */
+static int begin_call(struct mk_context *c, struct mk_err *err)
+{
+    return take_cancel(c) ? gen_fail(err, MK_ECANCELED, "canceled") : 0;
+}
+
+/* Last step of a call that gives RC: the cancel that ended it does not end the next one too. */
+static int end_call(struct mk_context *c, int rc)
 {
     if (rc == MK_ECANCELED)
-        return take_cancel(c, err) ? MK_ECANCELED : rc;
+        take_cancel(c);
     return rc;
 }
 
 int mk_truncate(struct mk_context *c, int n, struct mk_err *err)
 {
+    if (!c)
+        return gen_fail(err, MK_EINVAL, "mk_truncate: no context");
     if (n < 0 || n > c->used)
         return gen_fail(err, MK_EINVAL, "mk_truncate: %d is not in 0..%d", n, c->used);
+    if (n < c->used)
+        c->utf8.n = 0;
     c->used = n;
     if (c->computed > n)
         c->computed = n;
@@ -344,7 +403,7 @@ static int cpu_prefill(struct mk_context *c, int n, struct mk_err *err)
 /* Compute all tokens but the last. */
 static int prefill(struct mk_context *c, struct mk_err *err)
 {
-    const int n = c->used - 1 - c->computed;
+    const int from = c->computed, n = c->used - 1 - from;
     const double start = now_s();
     int rc, done = 0;
 
@@ -356,7 +415,7 @@ static int prefill(struct mk_context *c, struct mk_err *err)
     } else {
         rc = cpu_prefill(c, n, err);
     }
-    c->stats.prefill_tokens += n;
+    c->stats.prefill_tokens += c->computed - from;
     c->stats.prefill_s += now_s() - start;
     return rc;
 }
@@ -365,6 +424,8 @@ int mk_append(struct mk_context *c, const int32_t *tokens, int n, struct mk_err 
 {
     int rc;
 
+    if (!c)
+        return gen_fail(err, MK_EINVAL, "mk_append: no context");
     if (n < 0 || (n && !tokens))
         return gen_fail(err, MK_EINVAL, "mk_append: %d tokens", n);
     if (n > c->length - c->used)
@@ -377,20 +438,24 @@ int mk_append(struct mk_context *c, const int32_t *tokens, int n, struct mk_err 
     c->call_start = now_s();
     c->stats.prefill_tokens = 0;
     c->stats.prefill_s = 0;
-    if (n)
+    if (n) {
         memcpy(c->tokens + c->used, tokens, (size_t)n * sizeof *tokens);
+        c->utf8.n = 0;
+    }
     c->used += n;
-    rc = take_cancel(c, err);
-    return rc ? rc : end_call(c, prefill(c, err), err);
+    rc = begin_call(c, err);
+    return rc ? rc : end_call(c, prefill(c, err));
 }
 
 int mk_logits(struct mk_context *c, float *logits, struct mk_err *err)
 {
     int rc, done;
 
+    if (!c || !logits)
+        return gen_fail(err, MK_EINVAL, "mk_logits: no %s", c ? "place for the logits" : "context");
     if (!c->used)
         return gen_fail(err, MK_EINVAL, "mk_logits: the context is empty");
-    rc = take_cancel(c, err);
+    rc = begin_call(c, err);
     if (rc == 0)
         rc = prefill(c, err);
     if (rc == 0 && c->session) {
@@ -402,7 +467,7 @@ int mk_logits(struct mk_context *c, float *logits, struct mk_err *err)
     }
     if (rc == 0)
         c->computed = c->used;
-    return end_call(c, rc, err);
+    return end_call(c, rc);
 }
 
 /* ---- Generating ---------------------------------------------------------- */
@@ -411,7 +476,6 @@ struct generation {
     struct mk_context *c;
     mk_token_fn *fn;
     void *user;
-    struct rt_utf8 utf8;
     char *text;             /* room for one token's text */
     size_t text_cap;
     int n;                  /* new tokens */
@@ -440,7 +504,7 @@ static size_t token_text(struct generation *g, int32_t token)
         g->text = text;
         g->text_cap = 3 * (len + 4) + 1;
     }
-    n = rt_utf8_push(&g->utf8, bytes, len, g->text);
+    n = rt_utf8_push(&g->c->utf8, bytes, len, g->text);
     g->text[n] = 0;
     return n;
 }
@@ -462,20 +526,32 @@ static int take_token(void *user, int32_t token)
     return g->fn ? g->fn(g->user, token, g->text, len) : 0;
 }
 
+/* Below this the most likely token wins anyway, and logits / temperature might overflow. */
+static const float COLDEST = 1e-4f, HOTTEST = 1e6f;
+
 static int check_sampling(const struct mk_context *c, const struct mk_sampling *s, struct mk_err *err)
 {
+    const int V = c->model->model.V;
+
     if (s->size != sizeof *s)
         return gen_fail(err, MK_EINVAL, "mk_generate: sampling.size is %zu, not %zu", s->size, sizeof *s);
-    if (!(s->temperature >= 0 && s->temperature <= 1e6f))
-        return gen_fail(err, MK_EINVAL, "temperature is %g; it must be 0 or more", (double)s->temperature);
-    if (s->top_k < 0 || s->top_k > c->model->model.V)
-        return gen_fail(err, MK_EINVAL, "top_k is %d; it must be in 0..%d", s->top_k, c->model->model.V);
+    if (!(s->temperature >= 0 && s->temperature <= HOTTEST))
+        return gen_fail(err, MK_EINVAL, "temperature is %g; it must be in 0..%.0f", (double)s->temperature,
+                        (double)HOTTEST);
+    if (s->top_k < 0 || s->top_k > V)
+        return gen_fail(err, MK_EINVAL, "top_k is %d; it must be in 0..%d", s->top_k, V);
     if (!(s->top_p > 0 && s->top_p <= 1))
         return gen_fail(err, MK_EINVAL, "top_p is %g; it must be above 0 and at most 1", (double)s->top_p);
     if (s->max_tokens < 0)
-        return gen_fail(err, MK_EINVAL, "max_tokens is %d", s->max_tokens);
-    if (s->n_stop < 0 || s->n_stop > CALLER_STOPS || (s->n_stop && !s->stop))
-        return gen_fail(err, MK_EINVAL, "%d stop ids; at most %d", s->n_stop, CALLER_STOPS);
+        return gen_fail(err, MK_EINVAL, "max_tokens is %d; it must be 0 or more", s->max_tokens);
+    if (s->n_stop < 0 || s->n_stop > CALLER_STOPS)
+        return gen_fail(err, MK_EINVAL, "n_stop is %d; it must be in 0..%d", s->n_stop, CALLER_STOPS);
+    if (s->n_stop && !s->stop)
+        return gen_fail(err, MK_EINVAL, "n_stop is %d, and stop is NULL", s->n_stop);
+    for (int i = 0; i < s->n_stop; i++)
+        if (s->stop[i] < 0 || s->stop[i] >= V)
+            return gen_fail(err, MK_EINVAL, "stop id %d is %d; %s has ids 0..%d", i, (int)s->stop[i],
+                            c->model->model.name, V - 1);
     return 0;
 }
 
@@ -535,52 +611,68 @@ static void note_times(struct generation *g)
 {
     struct mk_context *c = g->c;
 
-    if (!g->n)
-        return;
-    c->stats.first_token_s = g->first - (c->call_start > 0 ? c->call_start : g->start);
-    c->stats.decode_tokens = g->n - 1;
-    c->stats.decode_s = now_s() - g->first;
+    c->stats.first_token_s = !g->n ? 0 : g->first - (c->call_start > 0 ? c->call_start : g->start);
+    c->stats.decode_tokens = g->n ? g->n - 1 : 0;
+    c->stats.decode_s = g->n ? now_s() - g->first : 0;
     c->call_start = 0;
+}
+
+/* What is left to do when the arguments of mk_generate are right. */
+static int generate(struct generation *g, const struct mk_sampling *s, struct mk_err *err)
+{
+    struct mk_context *c = g->c;
+    const int room = c->length - c->used;
+    const int n = s->max_tokens && s->max_tokens < room ? s->max_tokens : room;
+    int rc = begin_call(c, err);
+
+    g->text_cap = 64;
+    g->text = malloc(g->text_cap);
+    if (rc == 0 && !g->text)
+        rc = gen_fail(err, MK_ENOMEM, "no memory for text");
+    if (rc == 0)
+        rc = prefill(c, err);
+    if (rc == 0 && n > 0)
+        rc = (c->session ? gpu_generate : cpu_generate)(g, s, n, err);
+    if (rc == 0 && g->out_of_memory)
+        rc = gen_fail(err, MK_ENOMEM, "no memory for text");
+    note_times(g);
+    free(g->text);
+    return end_call(c, rc);
 }
 
 int mk_generate(struct mk_context *c, const struct mk_sampling *sampling,
                 mk_token_fn *fn, void *user, int *n, struct mk_err *err)
 {
-    static const struct mk_sampling greedy = {.size = sizeof greedy, .top_p = 1};
-    const struct mk_sampling *s = sampling ? sampling : &greedy;
+    struct mk_sampling s = {.size = sizeof s, .top_p = 1};
     struct generation g = {.c = c, .fn = fn, .user = user, .start = now_s()};
-    const int room = c->length - c->used;
-    int rc = check_sampling(c, s, err);
+    int rc;
 
     if (n)
         *n = 0;
+    if (!c)
+        return gen_fail(err, MK_EINVAL, "mk_generate: no context");
+    rc = sampling ? check_sampling(c, sampling, err) : 0;
     if (rc)
         return rc;
     if (!c->used)
         return gen_fail(err, MK_EINVAL, "mk_generate: the context is empty");
-    g.text_cap = 64;
-    g.text = malloc(g.text_cap);
-    if (!g.text)
-        return gen_fail(err, MK_ENOMEM, "no memory for text");
-    rc = take_cancel(c, err);
-    if (rc == 0)
-        rc = prefill(c, err);
-    if (rc == 0 && room > 0)
-        rc = (c->session ? gpu_generate : cpu_generate)(&g, s, s->max_tokens && s->max_tokens < room
-                                                        ? s->max_tokens : room, err);
-    if (rc == 0 && g.out_of_memory)
-        rc = gen_fail(err, MK_ENOMEM, "no memory for text");
-    note_times(&g);
-    free(g.text);
+    if (sampling)
+        s = *sampling;
+    if (s.temperature < COLDEST)
+        s.temperature = 0;
+    rc = generate(&g, &s, err);
     if (n)
         *n = g.n;
-    return end_call(c, rc, err);
+    return rc;
 }
 
 int mk_context_stats(const struct mk_context *c, struct mk_stats *stats, struct mk_err *err)
 {
-    if (!stats || stats->size != sizeof *stats)
-        return gen_fail(err, MK_EINVAL, "mk_context_stats: size is not set");
+    if (!c || !stats)
+        return gen_fail(err, MK_EINVAL, "mk_context_stats: no %s", c ? "stats" : "context");
+    if (stats->size != sizeof *stats)
+        return gen_fail(err, MK_EINVAL, "mk_context_stats: stats.size is %zu, not %zu", stats->size,
+                        sizeof *stats);
     *stats = c->stats;
     stats->size = sizeof *stats;
     if (c->session) {

@@ -18,42 +18,49 @@ static __device__ __forceinline__ void pad_x(int cols)
 static __device__ __forceinline__ void wait_landed(int stage, u32 use)
 {
     Watch watch;
-    while (!gate_landed(&S->full[stage], use))
+    while (!gate_await_landed(&S->full[stage], use))
         watch.poll(S->args.fault, AT_RING, use, stage);
 }
 
-// Multiply the next block of the ring by x.  Each warp takes every WARPS-th unit; lanes 0-3
-// write the sums of their 2 rows to PART[row][warp].  Returns the next chunk.
-template <class P>
-static __device__ __forceinline__ u32 multiply_block(u32 chunk, float (*part)[WARPS])
+// Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two
+// blocks, or one of them twice; every column of the right one is x, and the first result is
+// used.  Each warp takes every WARPS-th unit and writes its sums to PART[row][warp].  Returns
+// the next chunk.
+template <class P, int N>
+static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, float (*part)[WARPS])
 {
+    static_assert(N == 1 || P::SPANS == 1, "the ring may not hold so many chunks");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float even[4] = {}, odd[4] = {};
+    const int my_half = N == 2 ? lane / 8 % 2 : 0; // whose rows this lane gives to ldmatrix
+    float sum[4][4] = {}; // chains of independent sums
     #pragma unroll
-    for (int span = 0; span < P::SPANS; span++, chunk++) {
+    for (int span = 0; span < P::SPANS; span++, chunk += N) {
         const int units = min(P::SPAN_UNITS, P::UNITS - span * P::SPAN_UNITS);
-        const int stage = chunk % STAGES;
-        wait_landed(stage, chunk / STAGES);
+        const unsigned char *x_at = S->scratch + (span * P::SPAN_UNITS + warp) * 64 + lane % 4 * 16;
+        const u32 w_at = shared_address(S->ring[(chunk + my_half) % STAGES])
+                       + warp * 512 + lane / 16 * 128 + lane % 8 * 16;
         #pragma unroll
-        for (int i = 0; i < (P::SPAN_UNITS + WARPS - 1) / WARPS; i++) {
-            const int unit = i * WARPS + warp;
-            if (unit < units) {
-                u32 w[4];
-                ldmatrix(w, shared_address(S->ring[stage]) + unit * 512 + lane * 16);
-                uint4 x = make_uint4(0, 0, 0, 0);
-                if (lane < 4)
-                    x = *(const uint4 *)(S->scratch + (span * P::SPAN_UNITS + unit) * 64 + lane * 16);
-                mma(even, x.x, 0, x.y, 0, w[0], w[1]);
-                mma(odd, x.z, 0, x.w, 0, w[2], w[3]);
+        for (int b = 0; b < N; b++)
+            wait_landed((chunk + b) % STAGES, (chunk + b) / STAGES);
+        #pragma unroll
+        for (int i = 0; i < (units + WARPS - 1) / WARPS; i++) {
+            if ((i + 1) * WARPS <= units || i * WARPS + warp < units) {
+                const uint4 x = *(const uint4 *)(x_at + i * WARPS * 64);
+                u32 w[2][4]; // columns 0-15 and 16-31
+                ldmatrix(w[0], w_at + i * WARPS * 512);
+                ldmatrix(w[1], w_at + i * WARPS * 512 + 256);
+                mma(sum[i % 2 * 2], w[0][0], w[0][1], w[0][2], w[0][3], x.x, x.y);
+                mma(sum[i % 2 * 2 + 1], w[1][0], w[1][1], w[1][2], w[1][3], x.z, x.w);
             }
         }
         __syncwarp();
-        if (lane == 0)
-            gate_release(&S->free[stage]);
+        if (lane < N)
+            gate_release(&S->free[(chunk + lane) % STAGES]);
     }
-    if (lane < 4) {
-        part[lane * 2][warp] = even[0] + odd[0];
-        part[lane * 2 + 1][warp] = even[1] + odd[1];
+    if (lane % 4 == 0) {
+        #pragma unroll
+        for (int b = 0; b < N; b++)
+            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2]) + (sum[2][b * 2] + sum[3][b * 2]);
     }
     return chunk;
 }
@@ -116,9 +123,13 @@ static __device__ __forceinline__ void multiply(u32 chunk, Finish finish)
     #pragma unroll 1
     for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
         const int n = min(ROUND, blocks - first);
+        constexpr int AT_ONCE = P::SPANS == 1 ? 2 : 1;
+        int i = 0;
         #pragma unroll 1
-        for (int i = 0; i < n; i++)
-            chunk = multiply_block<P>(chunk, S->part[side] + i * 8);
+        for (; i + AT_ONCE <= n; i += AT_ONCE)
+            chunk = multiply_blocks<P, AT_ONCE>(chunk, S->part[side] + i * 8);
+        if (i < n)
+            chunk = multiply_blocks<P, 1>(chunk, S->part[side] + i * 8);
         consumer_barrier();
         finish(first, n, S->part[side]);
     }

@@ -10,7 +10,8 @@ static __device__ __forceinline__ float word_value(const Word &w, int i) { retur
 template <int WORDS, class At, class Use>
 static __device__ __forceinline__ void await_words(u32 tag, u32 stage, At at, Use use)
 {
-    constexpr int BATCH = 4; // loads on their way
+    constexpr int SHARE = (WORDS + THREADS - 1) / THREADS; // of a thread
+    constexpr int BATCH = SHARE < 8 ? SHARE : 8; // loads on their way
     if (threadIdx.x == 0)
         store_flag(&S->hold, 1);
     #pragma unroll 1
@@ -18,7 +19,7 @@ static __device__ __forceinline__ void await_words(u32 tag, u32 stage, At at, Us
         Word w[BATCH];
         #pragma unroll
         for (int i = 0; i < BATCH; i++)
-            w[i] = load_word(at(min(first + i * THREADS, WORDS - 1)));
+            w[i] = load_word(at(first + i * THREADS < WORDS ? first + i * THREADS : first));
         #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int word = first + i * THREADS;

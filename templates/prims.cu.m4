@@ -192,6 +192,8 @@ static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use)
     return landed;
 }
 
+static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { return gate_landed(full, use); }
+
 // All warps have released use - 1.
 static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
 {
@@ -230,7 +232,8 @@ static __device__ __forceinline__ void gate_init_done()
     t_if(PLAN_FAMILY >= 90, {|asm volatile("fence.proxy.async.shared::cta;" ::: "memory");|}, {|__threadfence_block();|})
 }
 
-static __device__ __forceinline__ bool gate_passed(Gate *g, u32 parity)
+// Did the phase of PARITY end?  Waits a little for it.
+static __device__ __forceinline__ bool gate_await(Gate *g, u32 parity)
 {
     u32 passed;
     asm volatile("{\n.reg .pred p;\n"
@@ -239,6 +242,17 @@ static __device__ __forceinline__ bool gate_passed(Gate *g, u32 parity)
     return passed;
 }
 
+// The same, without waiting.
+static __device__ __forceinline__ bool gate_passed(Gate *g, u32 parity)
+{
+    u32 passed;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(g)), "r"(parity) : "memory");
+    return passed;
+}
+
+static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { return gate_await(full, use & 1); }
 static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return gate_passed(full, use & 1); }
 
 // All warps have released use - 1.

@@ -13,6 +13,10 @@ dest=$tmp/dest
 fail() { echo "failed: $*"; failed=1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+for tool in ranlib nm "${CC%% *}" pkg-config; do
+    have "$tool" || { echo "SKIP: no $tool here to install and build with"; exit 77; }
+done
+
 # ---- What make install leaves ----
 
 $MAKE install DESTDIR="$dest" >"$tmp/log" 2>&1 || { cat "$tmp/log"; exit 1; }
@@ -21,7 +25,8 @@ lib=$(dirname "$(find "$dest" -name libmk.a)")
 bin=$(dirname "$(find "$dest" -name mkgen -type f)")
 man=$(dirname "$(find "$dest" -name mkgen.1)")
 prefix=${bin%/bin}
-for file in lib/libmk.so lib/pkgconfig/mkgen.pc include/mk.h share/mkgen/models/qwen3-0.6b/config.json; do
+for file in lib/libmk.so lib/pkgconfig/mkgen.pc include/mk.h \
+    share/mkgen/models/qwen3-0.6b/config.json share/mkgen/models/demo/model.safetensors; do
     [ -e "$prefix/$file" ] || fail "$file is not installed"
 done
 [ "$(find "$dest" -name '*.h' | wc -l)" = 1 ] || fail "headers other than mk.h are installed"
@@ -36,10 +41,8 @@ fi
 
 echo '#include <mk.h>' >"$tmp/h.c"
 cp "$tmp/h.c" "$tmp/h.cc"
-if have "${CC%% *}"; then
-    $CC -std=c99 -pedantic -Wall -Wextra -Werror -fsyntax-only -I"${header%/*}" "$tmp/h.c" ||
-        fail "mk.h is no clean C99"
-fi
+$CC -std=c99 -pedantic -Wall -Wextra -Werror -fsyntax-only -I"${header%/*}" "$tmp/h.c" ||
+    fail "mk.h is no clean C99"
 if have c++; then
     c++ -std=c++11 -pedantic -Wall -Wextra -Werror -fsyntax-only -I"${header%/*}" "$tmp/h.cc" ||
         fail "mk.h is no clean C++"
@@ -76,8 +79,8 @@ export MK_MODELS_DIR
 # ---- An application, built as a user would ----
 
 demo=$MK_MODELS_DIR/demo
-have pkg-config && have "${CC%% *}" || { echo "the rest is skipped: no compiler or pkg-config"; exit $failed; }
-flags=$(PKG_CONFIG_PATH=$lib/pkgconfig pkg-config --define-variable=prefix="$prefix" --cflags --libs mkgen)
+flags=$(PKG_CONFIG_PATH=$lib/pkgconfig pkg-config --define-variable=prefix="$prefix" \
+    --cflags --libs mkgen)
 $CC -Wall -Wextra -Werror $SAN_CFLAGS "$srcdir/example/example.c" $flags -o "$tmp/example" ||
     { fail "the example does not build"; exit 1; }
 LD_LIBRARY_PATH=$lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
