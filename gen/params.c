@@ -9,6 +9,12 @@
 #include "gen/gen.h"
 #include "runtime/abi.h"
 
+/* The merge of a split attention is a hop of its own. */
+static int layer_hops(const struct gen_plan *p)
+{
+    return p->max_splits > 1 ? 6 : 5;
+}
+
 static const char *const phase_names[GEN_PHASES] = {"QKV", "O", "MLP", "DOWN", "HEAD"};
 static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "SCALE", "ATTN", "O", "MLP", "DOWN", "BEST", "COUNT"};
 
@@ -37,7 +43,7 @@ static void put_model(FILE *f, const struct gen_plan *p)
 {
     const struct gen_model *m = &p->model;
 
-    fprintf(f, "m4_define({|MODEL_NAME|}, {|%s|})m4_dnl\n", m->name);
+    fprintf(f, "m4_define({|MODEL_NAME|}, {|{|%s|}|})m4_dnl\n", m->name);     /* text, never a macro */
     put_int(f, "MODEL_D", m->D);
     put_int(f, "MODEL_H", m->H);
     put_int(f, "MODEL_K", m->K);
@@ -75,7 +81,8 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_float(f, "PLAN_SOFTMAX_SCALE", M_LOG2E / sqrt(p->model.E));
     put_float(f, "PLAN_MLP_SCALE", p->dtype == GEN_FP16 ? 0.0625 : 1.0);
     put_int(f, "PLAN_TOKEN_BYTES", p->token_bytes);
-    put_int(f, "PLAN_HOPS", 6 * p->model.L + 1);
+    put_int(f, "PLAN_HOPS", layer_hops(p) * p->model.L + 1);
+    put_int(f, "PLAN_TOKEN_TAGS", MK_TOKEN_TAGS(p->model.L));
     put_int(f, "PLAN_SMEM_BYTES", p->smem_bytes);
     put_int(f, "PLAN_SCRATCH_BYTES", p->scratch_bytes);
     put_int(f, "PLAN_PREFILL_TOKENS", p->prefill_tokens);
@@ -208,7 +215,7 @@ char *gen_plan_summary(const struct gen_plan *p)
     fprintf(f, "%s (sm_%d): %d CTAs of %d warps, ring of %d x %d bytes, %d bytes of shared memory\n",
             p->gpu.name, p->gpu.arch, p->ctas, p->warps, p->stages, p->stage_bytes, p->smem_bytes);
     fprintf(f, "a token: %.3f GB of weights, %d hops a layer, floor %.0f us = %.0f tok/s at %d GB/s\n",
-            p->token_bytes / 1e9, p->max_splits > 1 ? 6 : 5, p->floor_us,
+            p->token_bytes / 1e9, layer_hops(p), p->floor_us,
             p->floor_us > 0 ? 1e6 / p->floor_us : 0.0, p->gpu.mem_gbps);
     fprintf(f, "context %d: %.3f GB of KV cache\n", p->context, p->kv_bytes / 1e9);
     if (fclose(f)) {

@@ -20,9 +20,11 @@
 enum { INFLIGHT_BYTES = 49152, INFLIGHT_HOP_BYTES = 16384 };
 /* A launch must not hold the GPU longer than this. */
 enum { LAUNCH_US = 100000 };
-/* The templates count bytes of a layer, of a phase and of prefill's activations in int, and
-   the chunks of a launch in 32 bits; a loop may step past the end. */
-enum { MOST_LAYER_BYTES = 1 << 30, MOST_CHUNKS = INT_MAX };
+/* The templates count bytes of a layer and of prefill's activations, elements of a head's keys,
+   and the chunks of a launch in int; loops step a little past the end.  The sampler adds up
+   11-bit limbs of a CTA's logits in 32 bits. */
+enum { MOST_BYTES = 1 << 30, MOST_HEAD_ELEMS = 1 << 30, MOST_CHUNKS = 1 << 30,
+       MOST_LOGITS = 1 << 21 };
 
 struct key {
     const char *name;
@@ -339,7 +341,7 @@ static int fixed_smem(struct gen_plan *p)
 {
     p->scratch_bytes = max_int(p->x_elems * 2, attention_bytes(p));
     return p->scratch_bytes + p->model.D * 4 + 2 * p->round_blocks * 8 * p->warps * 4
-         + p->warps * (4 + 16) + 256 + 1024;    /* sum, best, hist; args, flags, alignment */
+         + p->warps * (4 + 16) + 320 + 1024;    /* sum, best, hist; args, flags, alignment */
 }
 
 /* Stages of the wide tile; two of attention's, which takes up to four; two of the tiles for few
@@ -407,6 +409,7 @@ static void choose_decode(struct gen_plan *p, unsigned long set)
 {
     const struct gen_model *m = &p->model;
     const int ratio = m->H / m->K, smem = p->gpu.smem_block;
+    const int most_heads = p->family < 90 ? 2 : 4;      /* more spill, before sm_90 */
 
     if (!is_set(set, AT(ctas)))
         p->ctas = min_int(p->gpu.sms, m->D / 8);
@@ -417,17 +420,32 @@ static void choose_decode(struct gen_plan *p, unsigned long set)
     if (!is_set(set, AT(round_blocks)))
         p->round_blocks = 8;
     if (!is_set(set, AT(head_group)))
-        p->head_group = ceil_div(ratio, ceil_div(ratio, 4));
+        p->head_group = ceil_div(ratio, ceil_div(ratio, most_heads));
     if (!is_set(set, AT(split_min)))
-        p->split_min = 64;
+        p->split_min = 128;
     if (!is_set(set, AT(dtype)))
         p->dtype = p->family == 75 || m->dtype == GEN_FP16 ? GEN_FP16 : GEN_BF16;
     p->groups = ceil_div(ratio, p->head_group);
     p->max_splits = max_int(1, p->ctas / (m->K * p->groups));
 }
 
+/* The chunks of a block are unrolled; where they are many, sm_80 to sm_89 run out of registers. */
+static void choose_longer_chunks(struct gen_plan *p)
+{
+    if (p->family != 80 || p->phase[GEN_DOWN].spans <= 20)
+        return;
+    p->chunk_bytes *= 2;
+    plan_streams(p);
+    if (stages_that_fit(p) < 3) {
+        p->chunk_bytes /= 2;
+        plan_streams(p);
+    }
+}
+
 static void choose_ring(struct gen_plan *p, unsigned long set)
 {
+    if (!is_set(set, AT(chunk_bytes)))
+        choose_longer_chunks(p);
     while (stages_that_fit(p) < 2 && p->chunk_bytes > 1024 && !is_set(set, AT(chunk_bytes))) {
         p->chunk_bytes /= 2;
         plan_streams(p);
@@ -438,8 +456,10 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
         p->inflight = max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
     if (!is_set(set, AT(inflight_hop)))
         p->inflight_hop = max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
-    if (!is_set(set, AT(tokens_per_launch)))    /* a token takes about twice its floor, and hops */
-        p->tokens_per_launch = max_int(1, min_int(64, (int)(LAUNCH_US / (2 * p->floor_us + 500))));
+    if (!is_set(set, AT(tokens_per_launch))) {  /* a token takes about twice its floor, and hops */
+        const double kv_us = p->floor_us * (double)p->kv_bytes / (double)p->token_bytes;
+        p->tokens_per_launch = max_int(1, min_int(64, (int)(LAUNCH_US / (2 * (p->floor_us + kv_us) + 500))));
+    }
     p->smem_bytes = fixed_smem(p) + p->stages * (p->stage_bytes + 16);
     p->prefill_smem_bytes = prefill_smem(p);
 }
@@ -461,6 +481,8 @@ static int check_choices(const struct gen_plan *p, struct mk_err *err)
     if (p->inflight > p->stages || p->inflight_hop > p->inflight)
         return gen_fail(err, MK_EINVAL, "plan: inflight is %d and inflight_hop %d; they must not exceed "
                         "stages %d and inflight", p->inflight, p->inflight_hop, p->stages);
+    if (p->fault && p->ctas < 2)
+        return gen_fail(err, MK_EINVAL, "plan: fault needs 2 ctas: one that hangs and one that reports it");
     return 0;
 }
 
@@ -470,10 +492,10 @@ static int check_counts(const struct gen_plan *p, struct mk_err *err)
     const struct gen_phase *head = &p->phase[GEN_HEAD];
     int64_t chunks = 0;
 
-    if (p->layer_bytes > MOST_LAYER_BYTES || p->cta_bytes - p->head_offset > INT_MAX)
+    if (p->layer_bytes > MOST_BYTES || p->cta_bytes - p->head_offset > INT_MAX)
         return gen_fail(err, MK_EUNSUPPORTED, "plan: a layer has %lld bytes in the stream of each of %d CTAs "
                         "and the head %lld; at most %d and %d are supported", (long long)p->layer_bytes, p->ctas,
-                        (long long)(p->cta_bytes - p->head_offset), MOST_LAYER_BYTES, INT_MAX);
+                        (long long)(p->cta_bytes - p->head_offset), MOST_BYTES, INT_MAX);
     for (int i = 0; i < GEN_HEAD; i++)
         chunks += (int64_t)p->phase[i].cta_blocks * p->phase[i].spans;
     chunks = chunks * p->model.L + (int64_t)head->cta_blocks * head->spans;
@@ -481,9 +503,15 @@ static int check_counts(const struct gen_plan *p, struct mk_err *err)
         return gen_fail(err, MK_EINVAL, "plan: %d tokens of %lld chunks each are too many for a launch; "
                         "make tokens_per_launch smaller or chunk_bytes larger", p->tokens_per_launch,
                         (long long)chunks);
-    if ((int64_t)p->prefill_tokens * p->x_elems * 2 > MOST_LAYER_BYTES)
+    if (head->cta_blocks > MOST_LOGITS / 8)
+        return gen_fail(err, MK_EUNSUPPORTED, "plan: each of %d CTAs has %d logits; at most %d are "
+                        "supported", p->ctas, head->cta_blocks * 8, MOST_LOGITS);
+    if ((int64_t)p->context * p->model.E > MOST_HEAD_ELEMS)
+        return gen_fail(err, MK_EUNSUPPORTED, "plan: context is %d; with head_dim %d at most %d tokens "
+                        "are supported", p->context, p->model.E, MOST_HEAD_ELEMS / p->model.E);
+    if ((int64_t)p->prefill_tokens * p->x_elems * 2 > MOST_BYTES)
         return gen_fail(err, MK_EINVAL, "plan: prefill_tokens is %d; with %d columns at most %d are supported",
-                        p->prefill_tokens, p->x_elems, MOST_LAYER_BYTES / (p->x_elems * 2) / 16 * 16);
+                        p->prefill_tokens, p->x_elems, MOST_BYTES / (p->x_elems * 2) / 16 * 16);
     return 0;
 }
 

@@ -25,7 +25,7 @@ struct gen_phase {
     int spans;              /* chunks of a block */
     int span_units;         /* units of a chunk; the last may have fewer */
     int cta_blocks;         /* most blocks that a CTA has */
-    int64_t offset;         /* bytes from the layer's (head: the stream's) start in a CTA's stream */
+    int64_t offset;         /* bytes from the layer's (head: from head_offset) start in a CTA's stream */
 };
 
 struct gen_plan {

@@ -1,5 +1,5 @@
 /* abi.h - launch arguments of the emitted kernels.  One field list makes the C structs here
-   and, through gen/plan.c, the structs of the .cu file and the assertions on their layout.
+   and, through gen/params.c, the structs of the .cu file and the assertions on their layout.
    X(C type, CUDA type, name, remark) */
 #ifndef RT_ABI_H
 #define RT_ABI_H
@@ -22,7 +22,7 @@
     X(uint64_t, u64, seed, "of the sampler") \
     X(uint64_t, u64, logits_stride, "floats between the logits of two tokens; 0: overwrite") \
     X(uint32_t, u32, launch, "number of this launch") \
-    X(uint32_t, u32, epoch, "first tag, or first barrier count, of this launch") \
+    X(uint32_t, u32, epoch, "decode: first tag of this launch") \
     X(int32_t, int, pos, "tokens in the KV cache") \
     X(int32_t, int, n, "tokens to run") \
     X(int32_t, int, token, "decode: first input token") \
@@ -31,6 +31,9 @@
     X(float, float, top_p, "1: all") \
     X(int32_t, int, n_stop, "ids in stop") \
     X(int32_t, int, unused, "padding")
+
+/* Tags that a token takes: one a layer, then the sampler's. */
+#define MK_TOKEN_TAGS(n_layers) ((n_layers) + 32)
 
 #define MK_STOPS 16 /* 8 of the model, 8 of the caller */
 
@@ -43,10 +46,9 @@ struct mk_args {
 /* Arguments of mk_pack: one matrix [rows][cols] into the streams. */
 #define MK_PACK_ARGS(X) \
     X(uint64_t, unsigned char *, stream, "all streams") \
-    X(uint64_t, const void *, src, "[rows][cols], row-major; 0: made from seed") \
+    X(uint64_t, const void *, src, "[rows][cols], row-major; 0: made from key") \
     X(uint64_t, half *, plain, "not 0: store row-major here instead") \
     X(uint64_t, u64, key, "made weights: hash key of the tensor") \
-    X(uint64_t, u64, first, "made weights: index of the first element") \
     X(int32_t, int, dtype, "of src: 0 bf16, 1 fp16, 2 fp32") \
     X(int32_t, int, rows, "rows of src") \
     X(int32_t, int, cols, "columns of src") \
@@ -61,5 +63,5 @@ struct mk_pack_args {
 };
 
 /* fault[]: written by the kernel before it traps. */
-enum { MK_FAULT_CODE, MK_FAULT_STAGE, MK_FAULT_CTA, MK_FAULT_EXPECTED, MK_FAULT_SEEN, MK_FAULT_WORDS };
+enum { MK_FAULT_CODE, MK_FAULT_STAGE, MK_FAULT_CTA, MK_FAULT_EXPECTED, MK_FAULT_SEEN, MK_FAULT_CLAIM, MK_FAULT_WORDS };
 #endif

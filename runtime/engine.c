@@ -402,7 +402,7 @@ int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int p
 /* Tags of N tokens; the first tag of the launch in *EPOCH. */
 static int take_epochs(struct rt_session *s, int n, uint32_t *epoch, struct mk_err *err)
 {
-    const uint32_t tags = (uint32_t)n * (uint32_t)(s->plan.model.L + 32);
+    const uint32_t tags = (uint32_t)n * MK_TOKEN_TAGS((uint32_t)s->plan.model.L);
     int rc = 0;
 
     if (s->epoch + tags > 0x80000000u) {    /* long before they wrap: start over from clean buffers */
@@ -445,7 +445,8 @@ static int is_stop(const struct rt_decode *job, int32_t token)
     return 0;
 }
 
-/* One launch of up to N tokens; *GOT tokens were told of; *STOP: the run is over. */
+/* One launch of up to N tokens; *GOT tokens were told of; *STOP: the run is over, 1 by an end token,
+   2 by token_fn, 3 by a cancel. */
 static int decode_launch(struct rt_session *s, const struct rt_decode *job, struct mk_args *a, int *got, int *stop,
                          int32_t *last, struct mk_err *err)
 {
@@ -463,6 +464,8 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
         return rc;
     for (int i = 0; i < a->n && !*stop && (more = await_token(s, i, last, err)) == 1; i++) {
         ++*got;
+        if (is_stop(job, *last))
+            *stop = 1;
         if (job->token_fn && job->token_fn(job->user, *last)) {
             *s->mapped.cancel = 1;      /* the launch ends soon; what it makes on top is dropped */
             *stop = 2;
@@ -470,8 +473,8 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
     }
     if (more < 0)
         return more;
-    if (!*stop && (!more || is_stop(job, *last)))
-        *stop = 1;                      /* the cancel word, or an end token */
+    if (!*stop && !more)
+        *stop = 3;                      /* the cancel word */
     rc = rt_device_sync(d, err);
     if (*stop == 2)
         *s->mapped.cancel = 0;
@@ -513,7 +516,7 @@ int rt_session_decode(struct rt_session *s, const struct rt_decode *job, int *do
         if (rc == 0 && job->logits)
             rc = rt_device_sync(s->engine->device, err);
         *done += got;
-        if (rc == 0 && *s->mapped.cancel)
+        if (rc == 0 && stop == 3)
             return gen_fail(err, MK_ECANCELED, "canceled");
     }
     return rc;

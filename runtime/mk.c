@@ -23,7 +23,7 @@ struct mk_model {
     struct rt_weights *weights;
     struct rt_tokenizer *tokenizer;     /* NULL: the folder has none */
     struct rt_engine *engine;           /* NULL: the CPU */
-    pthread_mutex_t making;             /* held while a context is made: the first loads the weights */
+    pthread_mutex_t making;             /* held while a context is made: the first loads weights */
     char *strings[3];                   /* copies behind options */
     char **set;                         /* likewise */
 };
@@ -39,7 +39,7 @@ struct mk_context {
     volatile int canceled;              /* set by mk_cancel, from any thread or a signal handler */
     struct rt_utf8 utf8;                /* half a character, when generated tokens end in one */
     struct mk_stats stats;
-    double call_start;                  /* of the last mk_append, for first_token_s; 0: none since */
+    double call_start;                  /* of the last mk_append, for first_token_s; 0: none */
 };
 
 const char *mk_version(void)
@@ -105,7 +105,8 @@ static int check_open(const char *dir, const struct mk_options *o, struct mk_err
     if (!dir || !*dir)
         return gen_fail(err, MK_EINVAL, "mk_open: no model folder");
     if (o && o->size != sizeof *o)
-        return gen_fail(err, MK_EINVAL, "mk_open: options.size is %zu, not %zu", o->size, sizeof *o);
+        return gen_fail(err, MK_EINVAL, "mk_open: options.size is %zu, not %zu", o->size,
+                        sizeof *o);
     if (strcmp(device, "cpu") && strcmp(device, "gpu") && strcmp(device, "auto"))
         return gen_fail(err, MK_EINVAL, "device is \"%.40s\"; it must be auto, gpu or cpu", device);
     if (o && o->threads < 0)
@@ -135,7 +136,8 @@ static int open_engine(struct mk_model *m, struct mk_err *err)
     return rc;
 }
 
-int mk_open(const char *dir, const struct mk_options *options, struct mk_model **out, struct mk_err *err)
+int mk_open(const char *dir, const struct mk_options *options, struct mk_model **out,
+            struct mk_err *err)
 {
     struct mk_model *m = NULL;
     int rc;
@@ -195,7 +197,8 @@ int mk_model_info(const struct mk_model *m, struct mk_info *info, struct mk_err 
     if (!m || !info)
         return gen_fail(err, MK_EINVAL, "mk_model_info: no %s", m ? "info" : "model");
     if (info->size != sizeof *info)
-        return gen_fail(err, MK_EINVAL, "mk_model_info: info.size is %zu, not %zu", info->size, sizeof *info);
+        return gen_fail(err, MK_EINVAL, "mk_model_info: info.size is %zu, not %zu", info->size,
+                        sizeof *info);
     info->name = m->model.name;
     info->device = m->engine ? rt_device_name(rt_engine_device(m->engine)) : "cpu";
     info->vocab = m->model.V;
@@ -224,8 +227,9 @@ int mk_tokenize(const struct mk_model *m, const char *text, size_t len, int flag
         return MK_EINVAL;
     if ((flags & ~MK_SPECIAL) || (!text && len) || (!tokens && cap) || !n)
         return gen_fail(err, MK_EINVAL, "mk_tokenize: bad arguments");
-    return rt_tokenizer_encode(m->tokenizer, text, len, flags & MK_SPECIAL ? MK_SPECIAL | RT_ADD_BOS : 0,
-                               tokens, cap, n, err);
+    return rt_tokenizer_encode(m->tokenizer, text, len,
+                               flags & MK_SPECIAL ? MK_SPECIAL | RT_ADD_BOS : 0, tokens, cap, n,
+                               err);
 }
 
 int mk_chat_tokens(const struct mk_model *m, const char *system, const char *user, int first,
@@ -271,7 +275,8 @@ static int make_backend(struct mk_context *c, struct mk_err *err)
     if (m->engine)
         rc = rt_session_make(m->engine, c->length, &c->session, err);
     else
-        rc = rt_cpu_make(&m->model, m->weights, resident_type(m), 1, c->length, m->options.threads, &c->cpu, err);
+        rc = rt_cpu_make(&m->model, m->weights, resident_type(m), 1, c->length, m->options.threads,
+                         &c->cpu, err);
     pthread_mutex_unlock(&m->making);
     c->stats.load_s = now_s() - start;
     return rc;
@@ -288,13 +293,15 @@ int mk_context_make(struct mk_model *m, int length, struct mk_context **out, str
     if (!m)
         return gen_fail(err, MK_EINVAL, "mk_context_make: no model");
     if (length < 0 || length > m->model.max_context)
-        return gen_fail(err, MK_EINVAL, "context is %d; %s takes 1..%d tokens", length, m->model.name,
-                        m->model.max_context);
+        return gen_fail(err, MK_EINVAL, "context is %d; %s takes 1..%d tokens", length,
+                        m->model.name, m->model.max_context);
     c = calloc(1, sizeof *c);
     if (!c)
         return gen_fail(err, MK_ENOMEM, "no memory for a context");
     c->model = m;
-    c->length = length ? length : m->model.max_context < DEFAULT_CONTEXT ? m->model.max_context : DEFAULT_CONTEXT;
+    c->length = length;
+    if (!length)
+        c->length = m->model.max_context < DEFAULT_CONTEXT ? m->model.max_context : DEFAULT_CONTEXT;
     c->tokens = calloc((size_t)c->length, sizeof *c->tokens);
     if (!c->tokens)
         rc = gen_fail(err, MK_ENOMEM, "no memory for a context of %d tokens", c->length);
@@ -332,12 +339,12 @@ const int32_t *mk_context_tokens(const struct mk_context *c)
     return c ? c->tokens : NULL;
 }
 
-/* In this order, and take_cancel in the other: a cancel that arrives in the middle of it is seen. */
+/* In this order, and take_cancel in the other: a cancel in the middle of that is seen. */
 void mk_cancel(struct mk_context *c)
 {
     if (!c)
         return;
-    c->canceled = 1;
+    __atomic_store_n(&c->canceled, 1, __ATOMIC_SEQ_CST);
     if (c->session)
         rt_session_cancel(c->session);
 }
@@ -391,11 +398,12 @@ static int cpu_prefill(struct mk_context *c, int n, struct mk_err *err)
     while (rc == 0 && c->computed < from + n) {
         const int block = from + n - c->computed < CPU_BLOCK ? from + n - c->computed : CPU_BLOCK;
         rc = rt_cpu_run(c->cpu, c->tokens + c->computed, block, c->computed, NULL, 0,
-                        (const volatile int *)&c->canceled, err);
+                        &c->canceled, err);
         if (rc == 0)
             c->computed += block;
         if (rc == 0 && c->model->options.progress)
-            c->model->options.progress(c->model->options.user, "prefill", (double)(c->computed - from) / n);
+            c->model->options.progress(c->model->options.user, "prefill",
+                                       (double)(c->computed - from) / n);
     }
     return rc;
 }
@@ -429,8 +437,9 @@ int mk_append(struct mk_context *c, const int32_t *tokens, int n, struct mk_err 
     if (n < 0 || (n && !tokens))
         return gen_fail(err, MK_EINVAL, "mk_append: %d tokens", n);
     if (n > c->length - c->used)
-        return gen_fail(err, MK_ECONTEXT, "%d tokens are %d too many: the context holds %d and has %d",
-                        n, n - (c->length - c->used), c->length, c->used);
+        return gen_fail(err, MK_ECONTEXT,
+                        "%d tokens are %d too many: the context holds %d and has %d", n,
+                        n - (c->length - c->used), c->length, c->used);
     for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= c->model->model.V)
             return gen_fail(err, MK_EINVAL, "token %d is %d; %s has ids 0..%d", i, (int)tokens[i],
@@ -459,11 +468,12 @@ int mk_logits(struct mk_context *c, float *logits, struct mk_err *err)
     if (rc == 0)
         rc = prefill(c, err);
     if (rc == 0 && c->session) {
-        const struct rt_decode job = {.token = c->tokens[c->used - 1], .pos = c->used - 1, .n = 1, .logits = logits};
+        const struct rt_decode job = {
+            .token = c->tokens[c->used - 1], .pos = c->used - 1, .n = 1, .logits = logits};
         rc = rt_session_decode(c->session, &job, &done, err);
     } else if (rc == 0) {
         rc = rt_cpu_run(c->cpu, c->tokens + c->used - 1, 1, c->used - 1, logits, 0,
-                        (const volatile int *)&c->canceled, err);
+                        &c->canceled, err);
     }
     if (rc == 0)
         c->computed = c->used;
@@ -529,34 +539,39 @@ static int take_token(void *user, int32_t token)
 /* Below this the most likely token wins anyway, and logits / temperature might overflow. */
 static const float COLDEST = 1e-4f, HOTTEST = 1e6f;
 
-static int check_sampling(const struct mk_context *c, const struct mk_sampling *s, struct mk_err *err)
+static int check_sampling(const struct mk_context *c, const struct mk_sampling *s,
+                          struct mk_err *err)
 {
     const int V = c->model->model.V;
 
     if (s->size != sizeof *s)
-        return gen_fail(err, MK_EINVAL, "mk_generate: sampling.size is %zu, not %zu", s->size, sizeof *s);
+        return gen_fail(err, MK_EINVAL, "mk_generate: sampling.size is %zu, not %zu", s->size,
+                        sizeof *s);
     if (!(s->temperature >= 0 && s->temperature <= HOTTEST))
-        return gen_fail(err, MK_EINVAL, "temperature is %g; it must be in 0..%.0f", (double)s->temperature,
-                        (double)HOTTEST);
+        return gen_fail(err, MK_EINVAL, "temperature is %g; it must be in 0..%.0f",
+                        (double)s->temperature, (double)HOTTEST);
     if (s->top_k < 0 || s->top_k > V)
         return gen_fail(err, MK_EINVAL, "top_k is %d; it must be in 0..%d", s->top_k, V);
     if (!(s->top_p > 0 && s->top_p <= 1))
-        return gen_fail(err, MK_EINVAL, "top_p is %g; it must be above 0 and at most 1", (double)s->top_p);
+        return gen_fail(err, MK_EINVAL, "top_p is %g; it must be above 0 and at most 1",
+                        (double)s->top_p);
     if (s->max_tokens < 0)
         return gen_fail(err, MK_EINVAL, "max_tokens is %d; it must be 0 or more", s->max_tokens);
     if (s->n_stop < 0 || s->n_stop > CALLER_STOPS)
-        return gen_fail(err, MK_EINVAL, "n_stop is %d; it must be in 0..%d", s->n_stop, CALLER_STOPS);
+        return gen_fail(err, MK_EINVAL, "n_stop is %d; it must be in 0..%d", s->n_stop,
+                        CALLER_STOPS);
     if (s->n_stop && !s->stop)
         return gen_fail(err, MK_EINVAL, "n_stop is %d, and stop is NULL", s->n_stop);
     for (int i = 0; i < s->n_stop; i++)
         if (s->stop[i] < 0 || s->stop[i] >= V)
-            return gen_fail(err, MK_EINVAL, "stop id %d is %d; %s has ids 0..%d", i, (int)s->stop[i],
-                            c->model->model.name, V - 1);
+            return gen_fail(err, MK_EINVAL, "stop id %d is %d; %s has ids 0..%d", i,
+                            (int)s->stop[i], c->model->model.name, V - 1);
     return 0;
 }
 
 /* The model's end tokens and the caller's. */
-static int all_stops(const struct mk_context *c, const struct mk_sampling *s, int32_t stops[MK_STOPS])
+static int all_stops(const struct mk_context *c, const struct mk_sampling *s,
+                     int32_t stops[MK_STOPS])
 {
     const struct gen_model *m = &c->model->model;
     int n = 0;
@@ -568,7 +583,8 @@ static int all_stops(const struct mk_context *c, const struct mk_sampling *s, in
     return n;
 }
 
-static int gpu_generate(struct generation *g, const struct mk_sampling *s, int n, struct mk_err *err)
+static int gpu_generate(struct generation *g, const struct mk_sampling *s, int n,
+                        struct mk_err *err)
 {
     struct mk_context *c = g->c;
     int32_t stops[MK_STOPS];
@@ -582,7 +598,8 @@ static int gpu_generate(struct generation *g, const struct mk_sampling *s, int n
     return rt_session_decode(c->session, &job, &done, err);
 }
 
-static int cpu_generate(struct generation *g, const struct mk_sampling *s, int n, struct mk_err *err)
+static int cpu_generate(struct generation *g, const struct mk_sampling *s, int n,
+                        struct mk_err *err)
 {
     struct mk_context *c = g->c;
     int32_t stops[MK_STOPS];
@@ -593,7 +610,7 @@ static int cpu_generate(struct generation *g, const struct mk_sampling *s, int n
     for (int i = 0; rc == 0 && i < n && !stop; i++) {
         int32_t token;
         rc = rt_cpu_run(c->cpu, c->tokens + c->used - 1, 1, c->used - 1, logits, 0,
-                        (const volatile int *)&c->canceled, err);
+                        &c->canceled, err);
         if (rc)
             break;
         token = rt_sample(logits, c->model->model.V, s, c->used);

@@ -155,7 +155,7 @@ MK_API int mk_context_length(const struct mk_context *context);
 MK_API int mk_context_used(const struct mk_context *context);
 
 /* Append N tokens and compute them, all but the last, with the prefill kernel;
-   the last one waits for mk_step or mk_generate.
+   the last one waits for mk_logits or mk_generate.
    tokens  [n] int32, host; 0 <= id < V; n >= 0; used + n <= length
    Returns 0, MK_EINVAL, MK_ECONTEXT (nothing appended), MK_ECANCELED (appended;
    what is not computed yet will be by the next call), MK_EDEVICE.
@@ -164,7 +164,7 @@ MK_API int mk_append(struct mk_context *context, const int32_t *tokens, int n, s
 
 /* Compute every token that still waits and give the logits that follow the last.
    logits  [V] float32, host, written only on success
-   Returns 0, MK_EINVAL (the context is empty), MK_EDEVICE. */
+   Returns 0, MK_EINVAL (the context is empty), MK_ECANCELED, MK_EDEVICE. */
 MK_API int mk_logits(struct mk_context *context, float *logits, struct mk_err *err);
 
 struct mk_sampling {

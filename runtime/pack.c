@@ -20,11 +20,10 @@ struct packer {
     struct rt_packed *out;
     rt_func pack;
     void *host[2];
-    rt_ptr host_device[2];      /* not used: the copies are explicit */
     rt_ptr device[2];
     rt_event used[2];           /* buffer i may be filled again */
     int turn;
-    int64_t done, total;        /* bytes, for progress */
+    int64_t done, total;        /* elements of matrices, and of the norms as a lump, for progress */
 };
 
 int64_t rt_packed_bytes(const struct gen_plan *p)
@@ -45,11 +44,11 @@ static size_t element_bytes(int dtype)
     return dtype == GEN_FP32 ? 4 : 2;
 }
 
-static void tell(struct packer *k, int64_t bytes)
+static void tell(struct packer *k, int64_t elements)
 {
-    k->done += bytes;
+    k->done += elements;
     if (k->job->progress)
-        k->job->progress(k->job->user, "load", k->total ? (double)k->done / (double)k->total : 1.0);
+        k->job->progress(k->job->user, "load", (double)k->done / (double)k->total);
 }
 
 static int launch_pack(struct packer *k, struct mk_pack_args *a, struct mk_err *err)
@@ -79,7 +78,7 @@ static int pack_rows(struct packer *k, struct mk_pack_args *a, const char *data,
         rc = launch_pack(k, a, err);
     if (rc == 0)
         rc = rt_event_record(d, k->used[i], err);
-    tell(k, (int64_t)bytes);
+    tell(k, (int64_t)a->rows * a->cols);
     return rc;
 }
 
@@ -197,17 +196,22 @@ static int pack_all(struct packer *k, struct mk_err *err)
         rc = pack_matrix(k, &head, 0, 0, err);
     if (rc == 0 && !m->tied)
         rc = pack_matrix(k, &embed, 0, k->out->embed, err);
-    return rc ? rc : rt_device_sync(k->job->device, err);
+    if (rc == 0)
+        rc = rt_device_sync(k->job->device, err);
+    if (rc == 0)
+        tell(k, k->total - k->done);
+    return rc;
 }
 
 static int packer_open(struct packer *k, struct mk_err *err)
 {
     const struct gen_plan *p = k->job->plan;
     struct rt_device *d = k->job->device;
+    rt_ptr mapped;              /* not needed: the copies are explicit */
     int rc = rt_module_func(d, k->job->module, "mk_pack", 0, &k->pack, err);
 
     for (int i = 0; rc == 0 && i < 2; i++) {
-        rc = rt_device_alloc_host(d, BUFFER_BYTES, &k->host[i], &k->host_device[i], err);
+        rc = rt_device_alloc_host(d, BUFFER_BYTES, &k->host[i], &mapped, err);
         if (rc == 0)
             rc = rt_device_alloc(d, BUFFER_BYTES, &k->device[i], err);
         if (rc == 0)
@@ -241,7 +245,7 @@ int rt_pack(const struct rt_pack_job *job, struct rt_packed *out, struct mk_err 
     int rc;
 
     memset(out, 0, sizeof *out);
-    k.total = gen_model_params(&job->plan->model) * 2;
+    k.total = gen_model_params(&job->plan->model);
     rc = packer_open(&k, err);
     if (rc == 0)
         rc = pack_all(&k, err);

@@ -120,11 +120,35 @@ t_if(MODEL_QK_NORM, {|                x.norm(k_norm);
     consumer_barrier();
 }
 
-// Each warp attends to its share of positions FROM .. TO-1 and leaves its sums in the work
-// space.  A group of E/8 lanes takes a position; each lane has 8 of its dimensions.
-static __device__ __forceinline__ void attn_positions(Attention &A, const half *cache, int pos, int from, int to)
+// The keys and values that a lane reads at once: 8 dimensions of AHEAD positions.  A group of
+// LANES lanes takes a position.
+struct Rows {
+    static constexpr int LANES = E / 8, GROUP = 32 / LANES;
+    static constexpr int AHEAD = t_if(PLAN_FAMILY < 90, 2, {|HEAD_GROUP > 2 ? 2 : 4|}); // as registers allow
+    static constexpr int WARP = GROUP * AHEAD; // positions of a warp
+    uint4 key[AHEAD], value[AHEAD];
+
+    static __device__ __forceinline__ int first(int from) { return from + (int)(threadIdx.x / 32) * WARP; }
+    static __device__ __forceinline__ int row(int base, int r) { return base + r * GROUP + (int)(threadIdx.x % 32) / LANES; }
+
+    // From the cache, which has no row POS yet; positions from TO on give those before.
+    __device__ __forceinline__ void load(const half *cache, int base, int to, int pos)
+    {
+        const int dim = (int)(threadIdx.x % LANES) * 8;
+        #pragma unroll
+        for (int r = 0; r < AHEAD; r++) {
+            const half *at = cache + (u64)max(min(min(row(base, r), to - 1), pos - 1), 0) * E + dim;
+            key[r] = *(const uint4 *)at;
+            value[r] = *(const uint4 *)(at + KV_VALUE);
+        }
+    }
+};
+
+// Each warp attends to its share of positions FROM .. TO-1, the first of which are in NEXT, and
+// leaves its sums in the work space.
+static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache, int pos, int from, int to)
 {
-    constexpr int LANES = E / 8, ROWS = 32 / LANES, AHEAD = 4; // rows of a warp; loads on their way
+    constexpr int LANES = Rows::LANES, AHEAD = Rows::AHEAD;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int sub = lane / LANES, dim = lane % LANES * 8;
     float q[HEAD_GROUP][8], out[HEAD_GROUP][8] = {}, top[HEAD_GROUP], sum[HEAD_GROUP] = {};
@@ -137,29 +161,28 @@ static __device__ __forceinline__ void attn_positions(Attention &A, const half *
     }
 
     #pragma unroll 1
-    for (int base = from + warp * ROWS * AHEAD; base < to; base += WARPS * ROWS * AHEAD) {
-        uint4 key[AHEAD], value[AHEAD];
+    for (int base = Rows::first(from); base < to; base += WARPS * Rows::WARP) {
+        Rows rows = next;
+        next.load(cache, base + WARPS * Rows::WARP, to, pos);
         #pragma unroll
         for (int r = 0; r < AHEAD; r++) {
-            const int row = min(base + r * ROWS + sub, to - 1);
-            const half *k = row == pos ? A.key : cache + (u64)row * E;
-            const half *v = row == pos ? A.value : cache + KV_VALUE + (u64)row * E;
-            key[r] = *(const uint4 *)(k + dim);
-            value[r] = *(const uint4 *)(v + dim);
+            if (min(Rows::row(base, r), to - 1) == pos) {
+                rows.key[r] = *(const uint4 *)(A.key + dim);
+                rows.value[r] = *(const uint4 *)(A.value + dim);
+            }
         }
         #pragma unroll
         for (int g = 0; g < HEAD_GROUP; g++) {
             float score[AHEAD], best = top[g];
             #pragma unroll
             for (int r = 0; r < AHEAD; r++) {
-                float s = q[g][0] * low(key[r].x) + q[g][1] * high(key[r].x)
-                        + q[g][2] * low(key[r].y) + q[g][3] * high(key[r].y)
-                        + q[g][4] * low(key[r].z) + q[g][5] * high(key[r].z)
-                        + q[g][6] * low(key[r].w) + q[g][7] * high(key[r].w);
+                const uint4 key = rows.key[r];
+                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x) + q[g][2] * low(key.y) + q[g][3] * high(key.y)
+                        + q[g][4] * low(key.z) + q[g][5] * high(key.z) + q[g][6] * low(key.w) + q[g][7] * high(key.w);
                 #pragma unroll
                 for (int i = LANES / 2; i; i /= 2)
                     s += __shfl_xor_sync(~0u, s, i);
-                score[r] = base + r * ROWS + sub < to ? s : -1e30f;
+                score[r] = Rows::row(base, r) < to ? s : -1e30f;
                 best = fmaxf(best, score[r]);
             }
             const float keep = exp2f(top[g] - best);
@@ -171,7 +194,7 @@ static __device__ __forceinline__ void attn_positions(Attention &A, const half *
             #pragma unroll
             for (int r = 0; r < AHEAD; r++) {
                 const float p = score[r] > -1e30f ? exp2f(score[r] - best) : 0.0f;
-                const u32 v[4] = {value[r].x, value[r].y, value[r].z, value[r].w};
+                const u32 v[4] = {rows.value[r].x, rows.value[r].y, rows.value[r].z, rows.value[r].w};
                 sum[g] += p;
                 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -212,14 +235,18 @@ static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, in
     #pragma unroll 1
     for (int i = threadIdx.x; i < queries * HEAD_WORDS; i += THREADS) {
         const int g = i / HEAD_WORDS, word = i % HEAD_WORDS, e = word_first(word);
+        const int e2 = min(e + 2, E - 1); // the last word of a block has no third value
         float best = A.max[0][g], sum = 0.0f, out[3] = {};
+        #pragma unroll
         for (int w = 1; w < WARPS; w++)
             best = fmaxf(best, A.max[w][g]);
+        #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float scale = exp2f(A.max[w][g] - best);
             sum += A.sum[w][g] * scale;
-            for (int j = 0; j < word_count(word); j++)
-                out[j] += A.out[w][g][e + j] * scale;
+            out[0] += A.out[w][g][e] * scale;
+            out[1] += A.out[w][g][e + 1] * scale;
+            out[2] += A.out[w][g][e2] * scale;
         }
         const float scale = splits == 1 ? 1.0f / sum : 1.0f;
         Word *to = S->args.exchange
@@ -246,13 +273,15 @@ static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
         const int from = (int)((long long)(pos + 1) * split / splits);
         const int to = (int)((long long)(pos + 1) * (split + 1) / splits);
         half *cache = S->args.kv + layer_cache + head * KV_HEAD;
-        for (int row = from + (int)threadIdx.x; row < min(to, pos); row += THREADS) {
-            prefetch_l2(cache + (u64)row * E);
-            prefetch_l2(cache + KV_VALUE + (u64)row * E);
+        Rows rows; // on their way while q is awaited, and the rest to L2
+        rows.load(cache, Rows::first(from), to, pos);
+        for (int line = from * E / 64 + (int)threadIdx.x; line < min(to, pos) * E / 64; line += THREADS) {
+            prefetch_l2(cache + line * 64);
+            prefetch_l2(cache + KV_VALUE + line * 64);
         }
         consumer_barrier(); // the work space is free
         attn_load(A, tag, head, q0, queries, cache, pos, split == splits - 1, S->args.vec + vec);
-        attn_positions(A, cache, pos, from, to);
+        attn_positions(A, rows, cache, pos, from, to);
         consumer_barrier();
         attn_send(A, tag, q0, queries, split, splits);
     }

@@ -1,8 +1,8 @@
 t_section({|Decode: the producer warp|})
 
-// It keeps the ring full of this CTA's stream, across stages, layers and tokens.
+// The producer warp keeps the ring full of this CTA's stream, across stages, layers and tokens.
 
-// It keeps its place in S->filled and S->landed, which no one else writes.
+// Its place is in S->filled and S->landed, which no one else writes.
 
 // Count the chunks that have landed, of those before chunk FILLED.
 static __device__ __forceinline__ u32 count_landed(u32 filled)
@@ -14,7 +14,7 @@ static __device__ __forceinline__ u32 count_landed(u32 filled)
     if (threadIdx.x % 32 == 0)
         S->landed = landed;
     __syncwarp();
-    return landed;
+    return __shfl_sync(~0u, landed, 0);
 }
 
 // Bring the next BYTES as chunk CHUNK, when its stage is free and few enough chunks are on their
@@ -22,8 +22,7 @@ static __device__ __forceinline__ u32 count_landed(u32 filled)
 static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src, int bytes)
 {
     const int stage = chunk % STAGES;
-    Watch watch;
-    for (;;) {
+    for (;;) { // no watchdog: what holds the consumers up, they report themselves
         const u32 landed = count_landed(chunk);
         const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
         const bool go = chunk - landed < most && gate_free(&S->free[stage], chunk / STAGES);
@@ -31,7 +30,6 @@ static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src,
             return false;
         if (__shfl_sync(~0u, go, 0))
             break;
-        watch.poll(S->args.fault, AT_RING, chunk, landed);
     }
     gate_fill(&S->full[stage], S->ring[stage], src, bytes);
     return true;
@@ -60,6 +58,14 @@ static __device__ __noinline__ void feed(u64 offset)
     __syncwarp();
 }
 
+// The host's word, off the critical path: next_token passes it on.
+static __device__ __noinline__ void look_for_cancel()
+{
+    if (blockIdx.x == 0 && threadIdx.x % 32 == 0)
+        store_flag(&S->canceled, load_system(S->args.cancel));
+    __syncwarp();
+}
+
 // Nothing may arrive after the CTA has gone.
 static __device__ __noinline__ void drain()
 {
@@ -83,8 +89,9 @@ t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 1, {|        t_note({|lay
             feed<Down>(layer * LAYER_BYTES + DOWN_OFFSET);
         }
 |})m4_dnl
+        look_for_cancel();
         feed<Head>(HEAD_OFFSET);
-    } while (S->filled < S->args.n * token_chunks() && !load_flag(&S->done));
+    } while (S->filled < S->args.n * token_chunks() && __shfl_sync(~0u, !load_flag(&S->done), 0));
     drain();
 }
 
@@ -145,16 +152,20 @@ static __device__ __forceinline__ bool is_stop(int id)
 static __device__ __noinline__ bool next_token()
 {
     Best best = head();
-    best.flag = blockIdx.x == 0 && threadIdx.x == 0 ? load_system(S->args.cancel) : 0;
-    best = S->args.temperature > 0.0f ? sample(best) : grid_best(best, layer_tag(L));
-    best.id = min(best.id, V - 1); // logits that are not numbers choose nothing
+    best.canceled = blockIdx.x == 0 && threadIdx.x == 0 ? load_flag(&S->canceled) : 0;
+    if (S->args.temperature > 0.0f)
+        sample(best);
+    else
+        grid_best(best, layer_tag(L));
+    best = best_found();
+    best.id = best.id < V ? best.id : 0; // logits that are not numbers choose nothing
     if (threadIdx.x == 0) {
         const int i = S->index + 1;
         if (blockIdx.x == 0)
-            store_system(S->args.ring + i - 1, (u64)S->args.launch << 32 | (u32)best.id);
+            store_relaxed_system(S->args.ring + i - 1, (u64)S->args.launch << 32 | (u32)best.id);
         if (i < S->args.n)
             S->args.token = S->args.tokens ? S->args.tokens[i] : best.id;
-        if (best.flag || i == S->args.n || is_stop(best.id))
+        if (best.canceled || i == S->args.n || is_stop(best.id))
             store_flag(&S->done, 1);
         S->index = i;
     }
@@ -166,7 +177,7 @@ static __device__ __forceinline__ void start(const mk_args &args)
 {
     if (threadIdx.x == 0) {
         S->args = args;
-        S->hold = S->done = S->filled = S->landed = S->index = 0;
+        S->hold = S->done = S->canceled = S->filled = S->landed = S->index = 0;
         for (int i = 0; i < STAGES; i++)
             gate_init(&S->full[i], &S->free[i]);
         gate_init_done();

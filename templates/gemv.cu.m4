@@ -15,11 +15,11 @@ static __device__ __forceinline__ void pad_x(int cols)
         store_x(pair, 0);
 }
 
-static __device__ __forceinline__ void wait_landed(int stage, u32 use)
+static __device__ __forceinline__ void wait_landed(u32 chunk)
 {
     Watch watch;
-    while (!gate_await_landed(&S->full[stage], use))
-        watch.poll(S->args.fault, AT_RING, use, stage);
+    while (!gate_await_landed(&S->full[chunk % STAGES], chunk / STAGES))
+        watch.poll(S->args.fault, AT_RING, chunk, S->landed);
 }
 
 // Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two
@@ -41,7 +41,7 @@ static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, float (*part)[W
                        + warp * 512 + lane / 16 * 128 + lane % 8 * 16;
         #pragma unroll
         for (int b = 0; b < N; b++)
-            wait_landed((chunk + b) % STAGES, (chunk + b) / STAGES);
+            wait_landed(chunk + b);
         #pragma unroll
         for (int i = 0; i < (units + WARPS - 1) / WARPS; i++) {
             if ((i + 1) * WARPS <= units || i * WARPS + warp < units) {
@@ -98,7 +98,7 @@ static __device__ __forceinline__ u32 layer_chunk(int layer)
 }
 
 // Tags: TOKEN_TAGS of a token, the layers' and then the sampler's.
-constexpr u32 TOKEN_TAGS = L + 32;
+constexpr u32 TOKEN_TAGS = PLAN_TOKEN_TAGS;
 static __device__ __forceinline__ u32 layer_tag(int layer)
 {
     return S->args.epoch + S->index * TOKEN_TAGS + layer;

@@ -17,21 +17,25 @@ static __device__ __forceinline__ void await_words(u32 tag, u32 stage, At at, Us
     #pragma unroll 1
     for (int first = threadIdx.x; first < WORDS; first += BATCH * THREADS) {
         Word w[BATCH];
+        Watch watch;
+        for (bool all = false; !all;) { // again and again all of them: one trip when they are there
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                w[i] = load_word(at(first + i * THREADS < WORDS ? first + i * THREADS : first));
+            u32 wrong = 0, seen = tag;
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                seen = w[i].tag != tag ? w[i].tag : seen;
+                wrong |= w[i].tag ^ tag;
+            }
+            all = wrong == 0;
+            if (!all)
+                watch.poll(S->args.fault, stage, tag, seen);
+        }
         #pragma unroll
         for (int i = 0; i < BATCH; i++)
-            w[i] = load_word(at(first + i * THREADS < WORDS ? first + i * THREADS : first));
-        #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int word = first + i * THREADS;
-            if (word < WORDS) {
-                Watch watch;
-                while (w[i].tag != tag) {
-                    watch.poll(S->args.fault, stage, tag, w[i].tag);
-                    w[i] = load_word(at(word));
-                }
-                use(word, w[i]);
-            }
-        }
+            if (first + i * THREADS < WORDS)
+                use(first + i * THREADS, w[i]);
     }
     if (threadIdx.x == 0)
         store_flag(&S->hold, 0);

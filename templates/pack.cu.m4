@@ -31,7 +31,7 @@ static __device__ __forceinline__ float made_value(u64 key, u64 index)
 static __device__ __forceinline__ float source_value(const mk_pack_args &args, u64 index)
 {
     if (!args.src)
-        return made_value(args.key, args.first + index);
+        return made_value(args.key, index);
     if (args.dtype == 0)
         return __uint_as_float((u32)((const u16 *)args.src)[index] << 16);
     if (args.dtype == 1)

@@ -1,5 +1,5 @@
 t_need({|MODEL_NAME|}, {|MODEL_D|}, {|PLAN_CTAS|}, {|GPU_ARCH|}, {|PLAN_FAMILY|})m4_dnl
-t_note({|mk_forward for MODEL_NAME on sm_{||}GPU_ARCH, PLAN_CTAS CTAs.  Written by mkgen PLAN_GENERATOR; do not edit.|})
+t_note({|Kernels of MODEL_NAME for sm_{||}GPU_ARCH, PLAN_CTAS CTAs.  Written by mkgen PLAN_GENERATOR; do not edit.|})
 t_note({|Cost per token: PLAN_TOKEN_BYTES bytes of weights read, PLAN_HOPS hops, PLAN_SMEM_BYTES bytes of shared memory.|})
 // Below: shapes, launch arguments, primitives, shared memory, hops, the stages of decode in
 // the order in which they run, decode, the pack kernel, and prefill.
@@ -91,6 +91,9 @@ constexpr int HOP_DOWN = PLAN_HOP_DOWN;
 constexpr int HOP_BEST = PLAN_HOP_BEST; // a candidate of each CTA
 constexpr int HOP_COUNT = PLAN_HOP_COUNT; // sampler: 2 x [CTAS][16]
 
+// Larger than all numbers.
+static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
 t_section({|Launch arguments: the same as in abi.h|})
 
 // 16 bytes that are written and read as one: three values and the tag that says which
@@ -112,7 +115,7 @@ ABI_PACK_ARGS{||}m4_dnl
 ABI_PACK_ARGS_CHECKS
 
 // args.fault
-enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN };
+enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN, FAULT_CLAIM };
 
 // Stages, for the watchdog's report.
 enum { AT_RING = 1, AT_QKV, AT_PART, AT_ATTN, AT_O, AT_MLP, AT_DOWN, AT_BEST, AT_COUNT, AT_GRID };

@@ -15,7 +15,7 @@ t_if(PLAN_FP16, {|static __device__ __forceinline__ float to_float(half x)
 static __device__ __forceinline__ half to_half(float x)
 {
     half h;
-    x = fminf(fmaxf(x, -65504.0f), 65504.0f);
+    x = x != x ? x : fminf(fmaxf(x, -65504.0f), 65504.0f);
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
     return h;
 }
@@ -76,14 +76,21 @@ static __device__ __forceinline__ void add_release(u32 *p, u32 v)
 }
 
 // Words shared with the host.
-static __device__ __forceinline__ void store_system(u64 *p, u64 v)
-{
-    asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
-}
-
 static __device__ __forceinline__ void store_system(u32 *p, u32 v)
 {
     asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+
+// The ring's words carry their own launch: nothing else is published with them.
+static __device__ __forceinline__ void store_relaxed_system(u64 *p, u64 v)
+{
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
+}
+
+// True for the first that asks.
+static __device__ __forceinline__ bool claim_system(u32 *p)
+{
+    return atomicCAS_system(p, 0, 1) == 0;
 }
 
 static __device__ __forceinline__ u32 load_system(const u32 *p)

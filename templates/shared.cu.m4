@@ -8,11 +8,12 @@ struct Shared {
     float part[2][ROUND * 8][WARPS]; // dot products of one round, a column per warp
     float sum[WARPS]; // block_sum
     Word best[WARPS];
-    u32 hist[16][4]; // sampler: count and mass of a digit, 16 bits a limb
+    u32 hist[16][5]; // sampler: count and mass of a digit, see add_mass
     Gate full[STAGES], free[STAGES];
     mk_args args;
     u32 hold; // a hop is awaited: keep fewer chunks in flight
     u32 done; // the consumers have left
+    u32 canceled; // the host's word, in CTA 0
     u32 filled, landed; // producer: chunks before these are on their way, have arrived
     int index; // of the token in this launch
 };
@@ -28,6 +29,8 @@ t_section({|Watchdog|})
 // Tell the host what CTA blockIdx.x waits for, and stop the GPU's work.
 [[noreturn]] static __device__ __noinline__ void stuck(u32 *fault, u32 stage, u32 expected, u32 seen)
 {
+    while (!claim_system(fault + FAULT_CLAIM)) // another was first: let it finish
+        ;
     store_system(fault + FAULT_STAGE, stage);
     store_system(fault + FAULT_CTA, blockIdx.x);
     store_system(fault + FAULT_EXPECTED, expected);

@@ -1,37 +1,99 @@
 #!/bin/sh
 # The emitted source of toy models, byte for byte: each family, both forms of unrolling, the
-# primitives of each kind of architecture.  `make update-golden` (t-golden.sh update)
-# rewrites the files in tests/golden; their difference is part of a change's review.
+# primitives of each kind of architecture; and what must hold for all of it: clean text, the
+# same bytes twice, forms that differ only in how layers follow each other.
+# `make update-golden` (t-golden.sh update) rewrites the files in tests/golden; their
+# difference is part of a change's review.
 set -u
+LC_ALL=C
+export LC_ALL
 
 : "${srcdir:=tests}"
 golden=$srcdir/golden
+mode=${1-check}
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 failed=0
 
-# golden MODEL ARCH FORM
+fail() { echo "failed: $*"; failed=1; }
+
+# absent WHAT GREP-OPTION... FILE: no line matches
+absent()
+{
+    what=$1
+    shift
+    ! grep -n "$@" >"$tmp/found" || fail "$what: $(head -n 3 "$tmp/found")"
+}
+
+# clean FILE: the rules for emitted text
+clean()
+{
+    tab=$(printf '\t')
+    absent "$1: a tab" "$tab" "$tmp/$1"
+    absent "$1: blanks at a line's end" ' $' "$tmp/$1"
+    absent "$1: not ASCII" '[^ -~]' "$tmp/$1"
+    absent "$1: a line directive or a header" -E '^ *# *(line|include)' "$tmp/$1"
+    absent "$1: a date" -E '(19|20)[0-9][0-9][-/][01][0-9]|__(DATE|TIME)__' "$tmp/$1"
+    absent "$1: a path" -E '/(tmp|home|usr|root|work)/|[a-z]+\.m4' "$tmp/$1"
+    absent "$1: this folder" -F "$(pwd)" "$tmp/$1"
+    absent "$1: a macro" -E '(^|[^A-Za-z0-9_])(m4|t|PLAN|MODEL|GPU|ABI)_[A-Za-z]' "$tmp/$1"
+    awk -v name="$1" 'NR == 1 && $0 == "" { print name ": begins with an empty line"; bad = 1 }
+        $0 == "" && last == "" && NR > 1 { print name ":" NR ": two empty lines"; bad = 1 }
+        { last = $0 } END { if (last == "") { print name ": ends with an empty line"; bad = 1 } exit bad }' \
+        "$tmp/$1" || failed=1
+    [ -z "$(tail -c 1 "$tmp/$1")" ] || fail "$1: no newline at the end"
+    head -n 1 "$tmp/$1" | grep -q '^// Kernels of toy-.* Written by mkgen ' || fail "$1: its first line"
+}
+
+# golden MODEL GPU FORM
 golden()
 {
-    name=$1-sm_$2-$3.cu
-    ./mkgen -q --model "$srcdir/toy/$1" --arch "sm_$2" --set "unroll_layers=$3" -o "$tmp/$name" ||
-        { failed=1; return; }
+    name=$1-$2-$3.cu
+    ./mkgen -q --model "$srcdir/toy/$1" --gpu "$2" --set "unroll_layers=$3" -o "$tmp/$name" ||
+        { fail "mkgen $name"; return; }
+    ./mkgen -q --model "$srcdir/toy/$1/config.json" --gpu "$2" --set "unroll_layers=$3" -o - |
+        cmp - "$tmp/$name" || fail "$name: not the same bytes twice"
+    clean "$name"
     if [ "$mode" = update ]; then
-        cmp -s "$tmp/$name" "$golden/$name" && return
-        cp "$tmp/$name" "$golden/$name" && echo "wrote $golden/$name"
+        cmp -s "$tmp/$name" "$golden/$name" || { cp "$tmp/$name" "$golden/$name"; echo "wrote $golden/$name"; }
+    elif [ ! -f "$golden/$name" ]; then
+        fail "there is no $golden/$name; make update-golden writes it"
     elif ! diff -u "$golden/$name" "$tmp/$name" >"$tmp/diff"; then
-        echo "failed: $name is not what it was; if that is meant: make update-golden"
+        fail "$name is not what it was; if that is meant: make update-golden"
         head -n 60 "$tmp/diff"
-        failed=1
     fi
 }
 
-mode=${1-check}
+# Without the three functions that go through the layers.
+without_layers()
+{
+    awk '/^static .* void (produce|layers|prefill)\(\)$/ { skip = 1; n++ }
+        !skip { print } /^}/ { skip = 0 } END { exit n != 3 }' "$1" || fail "$1: where are its layers?"
+}
+
 [ "$mode" = check ] || mkdir -p "$golden"
-golden toy-qwen3 90 list
-golden toy-qwen3 90 loop
-golden toy-qwen3-e128 100 list
-golden toy-qwen2 80 list
-golden toy-llama 75 loop
-golden toy-smol 120 list
+golden toy-qwen3 h200 list
+golden toy-qwen3 h200 loop
+golden toy-qwen3-e128 b200 list
+golden toy-qwen2 a100 list
+golden toy-llama t4 loop
+golden toy-smol rtx4090 list
+
+for form in list loop; do
+    without_layers "$tmp/toy-qwen3-h200-$form.cu" >"$tmp/$form"
+done
+diff "$tmp/list" "$tmp/loop" || fail "the list and the loop differ in more than their layers"
+[ "$(grep -c '// layer 0[012]$' "$tmp/toy-qwen3-h200-list.cu")" = 9 ] || fail "the list does not name 3 x 3 layers"
+[ "$(grep -c 'for (int layer = 0; layer < L' "$tmp/toy-qwen3-h200-loop.cu")" = 3 ] || fail "the loop is not there 3 times"
+
+# A golden that no line above writes.
+for file in "$golden"/*; do
+    if [ -f "$tmp/${file##*/}" ]; then
+        continue
+    elif [ "$mode" = update ]; then
+        rm -f "$file" && echo "removed $file"
+    else
+        fail "$file is not written any more: make update-golden removes it"
+    fi
+done
 exit $failed

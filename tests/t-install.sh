@@ -119,10 +119,16 @@ run cold compiled "$tmp/example" "$demo" "$prompt"
 mkdir "$tmp/empty"
 bare="env PATH=$tmp/empty MK_M4=$tmp/empty/m4 MK_NVRTC=$tmp/empty/libnvrtc.so"
 run warm cache $bare "$tmp/example" "$demo" "$prompt"
-"$bin/mkgen" -q --model "$demo" --pack "$tmp/pack" || fail "mkgen --pack"
+(cd "$tmp" && "$bin/mkgen" -q --model "$demo" --arch native --pack "$tmp/pack") ||
+    fail "mkgen --pack"
 rm -rf "$tmp/cache"
-run pack pack $bare MK_CUBIN_PATH="$tmp/pack" MK_CACHE_DIR=/nonexistent HOME=/nonexistent \
-    "$tmp/example" "$demo" "$prompt"
+: >"$tmp/file"          # a folder in it cannot be made, not even by root
+bare="$bare MK_CACHE_DIR=$tmp/file/cache HOME=$tmp/file"
+if $bare "$tmp/example" "$demo" "$prompt" >/dev/null 2>"$tmp/err"; then
+    fail "the example runs without a cache, a pack, m4 and NVRTC"
+fi
+grep -q -e m4 -e NVRTC "$tmp/err" || fail "what is missing is not named: $(cat "$tmp/err")"
+run pack pack $bare MK_CUBIN_PATH="$tmp/pack" "$tmp/example" "$demo" "$prompt"
 cmp "$tmp/cold.out" "$tmp/warm.out" && cmp "$tmp/cold.out" "$tmp/pack.out" ||
     fail "the three runs wrote different texts"
 exit $failed

@@ -236,14 +236,15 @@ static int parse_ids(const char *name, const char *text, size_t size, struct tok
     }
 }
 
-static int tokenize(const struct mk_model *m, const char *text, size_t len, int flags,
-                    struct tokens *t)
+/* NAME says in messages where TEXT is from. */
+static int tokenize(const struct mk_model *m, const char *name, const char *text, size_t len,
+                    int flags, struct tokens *t)
 {
     struct mk_err err;
     size_t n;
 
     if (mk_tokenize(m, text, len, flags, NULL, 0, &n, &err))
-        return cli_error(&err);
+        return cli_fail("%s: %s", name, err.text);
     if (n > INT_MAX)
         return cli_fail("the prompt has %zu tokens, which is more than any context", n);
     t->id = malloc((n + 1) * sizeof(*t->id));
@@ -295,7 +296,7 @@ static int read_tokens(const struct options *o, const struct mk_model *m, struct
     if (o->ids)
         rc = parse_ids(prompt_name(o), text, size, t);
     else
-        rc = tokenize(m, text, size, o->raw ? 0 : MK_SPECIAL, t);
+        rc = tokenize(m, prompt_name(o), text, size, o->raw ? 0 : MK_SPECIAL, t);
     free(text);
     if (rc == 0 && t->n == 0)
         rc = cli_fail("%s: the prompt is empty, and there is nothing to continue",

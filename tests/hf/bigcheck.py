@@ -12,7 +12,8 @@ TF32.  The yardstick is Hugging Face in bf16 with its default attention on the s
 over the same rows our mean KL divergence from the reference and our mean NLL error may be
 1.1 times the yardstick's, our largest logit error 1.25 times; that last number is the stated
 error.  A token that we chose may lie below the reference's best by twice the stated error:
-so it is the best wherever the margin is larger.
+so it is the best wherever the margin is larger.  Elsewhere it may be another one about as
+often as the yardstick's choice is.
   check    logits of 256 decode steps (mkrun --logits); then for prompts of many lengths the
            logits after prefill and after 16 greedy tokens on top of it (libmk), the same
            tokens from mkrun, and the first answer again, bit for bit, over a used KV cache
@@ -35,7 +36,11 @@ import tempfile
 import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-import numpy as np
+try:
+    import numpy as np
+except ImportError as e:
+    print(f"bigcheck.py: skipped: {e}")
+    sys.exit(77)
 
 SEED = 20240229
 DECODE = 256                    # teacher-forced decode steps
@@ -44,7 +49,8 @@ GREEDY = 16                     # tokens after each prompt
 BEFORE_ROLLOUT = 96             # tokens; the 4000 others of the context are generated
 TAIL = 256                      # rows at the end of a rollout whose logits are compared
 CONTEXT = 4096
-KL_RATIO, NLL_RATIO, LOGIT_RATIO = 1.1, 1.1, 1.25
+KL_RATIO, NLL_RATIO, LOGIT_RATIO, UNLIKE_RATIO = 1.1, 1.1, 1.25, 1.1
+FEW = 4                         # tokens: counts of 16 scatter
 TINY = 1e-7                     # fp32 noise of KL and NLL
 CHUNK = 128                     # rows of logits at a time
 TIME_LIMIT = 400                # seconds for one program
@@ -185,17 +191,34 @@ class Ours:
 # ---- Hugging Face's side
 
 
+def random_tensor(name, shape, rng):
+    """Normal numbers, of such sizes that greedy text does not repeat one token: with 0.02
+    everywhere attention is nearly uniform and layers hardly change the residual stream.  Rows
+    of the vocabulary differ in length, or few tokens would have a margin to speak of."""
+    def normal(*shape):
+        return torch.randn(shape, generator=rng, device=rng.device)
+
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        return 1.5 + 0.3 * normal(*shape)
+    if "norm" in name:
+        return 1 + 0.2 * normal(*shape)
+    if name.endswith("bias"):
+        return 0.3 * normal(*shape)
+    if "embed_tokens" in name or "lm_head" in name:
+        return 0.02 * normal(*shape) * torch.exp(0.3 * normal(shape[0], 1))
+    wide = ("q_proj.weight", "k_proj.weight", "gate_proj.weight", "up_proj.weight")
+    return (0.04 if name.endswith(wide) else 0.02) * normal(*shape)
+
+
 def make_checkpoint(source, folder, device):
-    """Random weights in bf16 for SOURCE/config.json: normal 0.02, norms 1 +- 0.2, biases 0.3."""
+    """Random weights in bf16 for SOURCE/config.json."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.from_pretrained(source))
     rng = torch.Generator(device).manual_seed(SEED)
     tensors = {}
     for name, p in model.named_parameters():
-        x = torch.randn(p.shape, generator=rng, device=device)
-        x = 1 + 0.2 * x if "norm" in name else x * (0.3 if name.endswith("bias") else 0.02)
-        tensors[name] = x.to(torch.bfloat16).cpu()
+        tensors[name] = random_tensor(name, p.shape, rng).to(torch.bfloat16).cpu()
     folder.mkdir()
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(source / "config.json", folder / "config.json")
@@ -246,7 +269,7 @@ class Comparison:
         self.hf = hf
         self.yard, self.ours = Errors(), Errors()
         self.regret = 0.0       # the reference's best minus its logit of the token that follows
-        self.best = self.decided = 0
+        self.unlike = self.yard_unlike = 0      # tokens that are not the reference's best
 
     def add(self, ids, first, ours, greedy_from):
         """OURS [n][V] follow ids[first], ids[first+1] ..; None: only the tokens are looked at.
@@ -266,7 +289,9 @@ class Comparison:
             chosen = torch.arange(a, b, device=regret.device) + first + 1
             chosen = (chosen >= greedy_from) & (chosen < len(ids))
             margins += (top[:, 0] - top[:, 1])[chosen].tolist()
-            self.best += (regret[chosen] == 0).sum().item()
+            self.unlike += (regret[chosen] > 0).sum().item()
+            best = yardstick.argmax(-1) == reference.argmax(-1)
+            self.yard_unlike += (~best[chosen]).sum().item()
             self.regret = max([self.regret, *regret[chosen].tolist()])
         self.margins = np.array(margins)
 
@@ -301,8 +326,10 @@ class Table:
     def tokens(self, what, c):
         limit = 2 * c.stated_error()
         self.row(f"{what}: below the best by", c.regret, limit)
-        self.note(f"{len(c.margins)} tokens, {c.best} the reference's own, "
-                  f"{(c.margins > limit).sum()} with a margin above the limit")
+        self.row(f"{what}: not the best", c.unlike, UNLIKE_RATIO * c.yard_unlike + FEW,
+                 c.yard_unlike)
+        self.note(f"{len(c.margins)} tokens, {(c.margins > limit).sum()} with a margin above "
+                  f"{limit:.3g}")
 
 
 # ---- Tasks

@@ -1,5 +1,5 @@
-// mk_forward for toy-qwen3 on sm_90, 32 CTAs.  Written by mkgen 0.1.0; do not edit.
-// Cost per token: 4050944 bytes of weights read, 19 hops, 141820 bytes of shared memory.
+// Kernels of toy-llama for sm_75, 32 CTAs.  Written by mkgen 0.1.0; do not edit.
+// Cost per token: 2396160 bytes of weights read, 13 hops, 64012 bytes of shared memory.
 // Below: shapes, launch arguments, primitives, shared memory, hops, the stages of decode in
 // the order in which they run, decode, the pack kernel, and prefill.
 //
@@ -10,18 +10,18 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
-typedef u16 half; // bf16
+typedef u16 half; // fp16
 
 // ---- Shapes, from config.json --------------------------------------------------------
 
 constexpr int D = 256; // hidden_size
 constexpr int H = 4; // num_attention_heads
-constexpr int K = 2; // num_key_value_heads
+constexpr int K = 1; // num_key_value_heads
 constexpr int E = 64; // head_dim
-constexpr int F = 512; // intermediate_size
-constexpr int V = 1000; // vocab_size
-constexpr int L = 3; // num_hidden_layers
-constexpr float EPS = 9.99999997e-07f; // rms_norm_eps
+constexpr int F = 480; // intermediate_size
+constexpr int V = 515; // vocab_size
+constexpr int L = 2; // num_hidden_layers
+constexpr float EPS = 9.99999975e-06f; // rms_norm_eps
 constexpr int CONTEXT = 512; // positions of the KV cache
 
 // ---- Choices of the plan -------------------------------------------------------------
@@ -29,14 +29,14 @@ constexpr int CONTEXT = 512; // positions of the KV cache
 constexpr int CTAS = 32;
 constexpr int WARPS = 7; // that multiply; one more is the producer
 constexpr int THREADS = 224; // of the consumer warps
-constexpr int STAGES = 16; // of the weight ring
-constexpr int STAGE_BYTES = 8192;
-constexpr int INFLIGHT = 6; // chunks on their way at most
-constexpr int INFLIGHT_HOP = 2; // the same while a hop is awaited
+constexpr int STAGES = 13; // of the weight ring
+constexpr int STAGE_BYTES = 4096;
+constexpr int INFLIGHT = 12; // chunks on their way at most
+constexpr int INFLIGHT_HOP = 4; // the same while a hop is awaited
 constexpr int ROUND = 8; // blocks between two barriers
 constexpr int HEAD_GROUP = 2; // query heads of an attention task
-constexpr int GROUPS = 1; // tasks of a KV head and split
-constexpr int SPLIT_MIN = 64; // positions that are worth another split
+constexpr int GROUPS = 2; // tasks of a KV head and split
+constexpr int SPLIT_MIN = 128; // positions that are worth another split
 constexpr int MAX_SPLITS = 16;
 constexpr u64 WATCHDOG_NS = 2000000000; // without progress, then trap
 
@@ -51,44 +51,47 @@ struct Phase {
     static constexpr int SPAN_UNITS = SPAN_UNITS_; // of a chunk; the last may have fewer
     static constexpr int BLOCK_BYTES = UNITS_ * 512;
 };
-typedef Phase<512, 8, 64, 1, 1, 8> Qkv; // q, k and v rows
+typedef Phase<384, 8, 48, 1, 1, 8> Qkv; // q, k and v rows
 typedef Phase<256, 8, 32, 1, 1, 8> O; // attention output -> residual
-typedef Phase<1024, 8, 128, 2, 1, 8> Mlp; // gate and up, their blocks in turn
-typedef Phase<256, 16, 32, 1, 1, 16> Down; // MLP product -> residual
-typedef Phase<1000, 8, 125, 1, 1, 8> Head; // logits
+typedef Phase<960, 8, 120, 2, 1, 8> Mlp; // gate and up, their blocks in turn
+typedef Phase<256, 15, 32, 1, 2, 8> Down; // MLP product -> residual
+typedef Phase<515, 8, 65, 1, 1, 8> Head; // logits
 
 // Where a phase begins in a CTA's stream, from the start of its layer.
 constexpr int QKV_OFFSET = 0;
 constexpr int O_OFFSET = 8192;
 constexpr int MLP_OFFSET = 12288;
 constexpr int DOWN_OFFSET = 28672;
-constexpr u64 LAYER_BYTES = 36864; // of one CTA
-constexpr u64 HEAD_OFFSET = 110592; // after the last layer
-constexpr u64 CTA_BYTES = 126976; // from one CTA's stream to the next
+constexpr u64 LAYER_BYTES = 36352; // of one CTA
+constexpr u64 HEAD_OFFSET = 72704; // after the last layer
+constexpr u64 CTA_BYTES = 84992; // from one CTA's stream to the next
 
 // Norms and biases, in floats from the layer's start.
 constexpr int VEC_ATTN_NORM = 0;
 constexpr int VEC_MLP_NORM = 256;
 constexpr int VEC_Q_NORM = 512;
-constexpr int VEC_K_NORM = 576;
-constexpr int VEC_BIAS = 640;
-constexpr int VEC_LAYER = 640;
-constexpr int VEC_NORM = 1920; // the final norm, from the start
+constexpr int VEC_K_NORM = 512;
+constexpr int VEC_BIAS = 512;
+constexpr int VEC_LAYER = 512;
+constexpr int VEC_NORM = 1024; // the final norm, from the start
 
-constexpr u64 KV_LAYER = 131072; // elements of a layer's cache
+constexpr u64 KV_LAYER = 65536; // elements of a layer's cache
 constexpr u64 KV_HEAD = 65536; // of a KV head's: keys, then values
 constexpr u64 KV_VALUE = 32768; // from a head's keys to its values
 
 // Hop buffers: first word.
 constexpr int HOP_QKV = 0; // q, k, v
-constexpr int HOP_PART = 192; // attention of one split, not yet divided
-constexpr int HOP_SCALE = 1728; // its maximum and sum
-constexpr int HOP_ATTN = 1792; // attention, done
-constexpr int HOP_O = 1888;
-constexpr int HOP_MLP = 1984;
-constexpr int HOP_DOWN = 2176;
-constexpr int HOP_BEST = 2272; // a candidate of each CTA
-constexpr int HOP_COUNT = 2304; // sampler: 2 x [CTAS][16]
+constexpr int HOP_PART = 144; // attention of one split, not yet divided
+constexpr int HOP_SCALE = 1680; // its maximum and sum
+constexpr int HOP_ATTN = 1744; // attention, done
+constexpr int HOP_O = 1840;
+constexpr int HOP_MLP = 1936;
+constexpr int HOP_DOWN = 2120;
+constexpr int HOP_BEST = 2216; // a candidate of each CTA
+constexpr int HOP_COUNT = 2248; // sampler: 2 x [CTAS][16]
+
+// Larger than all numbers.
+static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- Launch arguments: the same as in abi.h ------------------------------------------
 
@@ -116,7 +119,7 @@ struct mk_args {
     u64 seed; // of the sampler
     u64 logits_stride; // floats between the logits of two tokens; 0: overwrite
     u32 launch; // number of this launch
-    u32 epoch; // first tag, or first barrier count, of this launch
+    u32 epoch; // decode: first tag of this launch
     int pos; // tokens in the KV cache
     int n; // tokens to run
     int token; // decode: first input token
@@ -156,10 +159,9 @@ static_assert(sizeof(mk_args) == 224, "layout");
 
 struct mk_pack_args {
     unsigned char *stream; // all streams
-    const void *src; // [rows][cols], row-major; 0: made from seed
+    const void *src; // [rows][cols], row-major; 0: made from key
     half *plain; // not 0: store row-major here instead
     u64 key; // made weights: hash key of the tensor
-    u64 first; // made weights: index of the first element
     int dtype; // of src: 0 bf16, 1 fp16, 2 fp32
     int rows; // rows of src
     int cols; // columns of src
@@ -173,19 +175,18 @@ static_assert(__INTADDR__(&((mk_pack_args *)0)->stream) == 0, "layout");
 static_assert(__INTADDR__(&((mk_pack_args *)0)->src) == 8, "layout");
 static_assert(__INTADDR__(&((mk_pack_args *)0)->plain) == 16, "layout");
 static_assert(__INTADDR__(&((mk_pack_args *)0)->key) == 24, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->first) == 32, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->dtype) == 40, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->rows) == 44, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->cols) == 48, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->phase) == 52, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->layer) == 56, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->block0) == 60, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->block_step) == 64, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->row0) == 68, "layout");
-static_assert(sizeof(mk_pack_args) == 72, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->dtype) == 32, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->rows) == 36, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->cols) == 40, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->phase) == 44, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->layer) == 48, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->block0) == 52, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->block_step) == 56, "layout");
+static_assert(__INTADDR__(&((mk_pack_args *)0)->row0) == 60, "layout");
+static_assert(sizeof(mk_pack_args) == 64, "layout");
 
 // args.fault
-enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN };
+enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN, FAULT_CLAIM };
 
 // Stages, for the watchdog's report.
 enum { AT_RING = 1, AT_QKV, AT_PART, AT_ATTN, AT_O, AT_MLP, AT_DOWN, AT_BEST, AT_COUNT, AT_GRID };
@@ -197,19 +198,29 @@ static __device__ __forceinline__ u32 shared_address(const void *p)
     return (u32)__cvta_generic_to_shared(p);
 }
 
-static __device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
-static __device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
-static __device__ __forceinline__ float to_float(half x) { return low(x); }
-
-// Two floats as one register of bf16: LO in the lower half.
-static __device__ __forceinline__ u32 pack(float lo, float hi)
+static __device__ __forceinline__ float to_float(half x)
 {
-    u32 x;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
-    return x;
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+    return f;
 }
 
-static __device__ __forceinline__ half to_half(float x) { return (half)pack(x, 0.0f); }
+static __device__ __forceinline__ half to_half(float x)
+{
+    half h;
+    x = x != x ? x : fminf(fmaxf(x, -65504.0f), 65504.0f);
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+
+// Two floats as one register of fp16: LO in the lower half.
+static __device__ __forceinline__ u32 pack(float lo, float hi)
+{
+    return to_half(lo) | (u32)to_half(hi) << 16;
+}
+
+static __device__ __forceinline__ float low(u32 x) { return to_float((half)(x & 0xffff)); }
+static __device__ __forceinline__ float high(u32 x) { return to_float((half)(x >> 16)); }
 
 // Single-copy atomic: all of a word or none of it is seen.
 static __device__ __forceinline__ Word load_word(const Word *p)
@@ -246,14 +257,21 @@ static __device__ __forceinline__ void add_release(u32 *p, u32 v)
 }
 
 // Words shared with the host.
-static __device__ __forceinline__ void store_system(u64 *p, u64 v)
-{
-    asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
-}
-
 static __device__ __forceinline__ void store_system(u32 *p, u32 v)
 {
     asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+
+// The ring's words carry their own launch: nothing else is published with them.
+static __device__ __forceinline__ void store_relaxed_system(u64 *p, u64 v)
+{
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
+}
+
+// True for the first that asks.
+static __device__ __forceinline__ bool claim_system(u32 *p)
+{
+    return atomicCAS_system(p, 0, 1) == 0;
 }
 
 static __device__ __forceinline__ u32 load_system(const u32 *p)
@@ -296,76 +314,80 @@ static __device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 addr
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// c[16][8] += a[16][16] b[16][8].
+// c[16][8] += a[16][16] b[16][8]: two steps of 8.
 static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
 {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
 }
 
-// 16 bytes from global to shared memory, later; BYTES 0 puts zeros there.
+// 16 bytes from global to shared memory; BYTES less than 16 leaves zeros behind them.
 static __device__ __forceinline__ void copy16(u32 dst, const void *src, int bytes)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(bytes) : "memory");
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (bytes)
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(src) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(dst), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Copies since the last commit are a group; wait until at most N groups are on their way.
-static __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> static __device__ __forceinline__ void copy_wait()
-{
-    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
-}
+static __device__ __forceinline__ void copy_commit() {}
+template <int N> static __device__ __forceinline__ void copy_wait() {}
 
 // ---- Ring primitives: a stage is filled, has landed, is released ---------------------
 
 // A stage is used again and again: use u of a stage carries chunk u * STAGES + stage.
-typedef u64 Gate; // an mbarrier
+struct alignas(8) Gate {
+    u32 count; // uses landed, or warps that released
+    u32 unused;
+};
 
-static __device__ __forceinline__ void gate_init(Gate *full, Gate *free)
+static __device__ __forceinline__ u32 gate_count(const Gate *g)
 {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(full)), "n"(1) : "memory");
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(free)), "n"(WARPS) : "memory");
+    u32 v;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(&g->count)) : "memory");
+    return v;
 }
 
-static __device__ __forceinline__ void gate_init_done()
+static __device__ __forceinline__ void gate_init(Gate *full, Gate *free) { full->count = free->count = 0; }
+static __device__ __forceinline__ void gate_init_done() {}
+
+static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use)
 {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    bool landed = (int)(gate_count(full) - use) > 0;
+    __threadfence_block();
+    return landed;
 }
 
-static __device__ __forceinline__ bool gate_passed(Gate *g, u32 parity)
-{
-    u32 passed;
-    asm volatile("{\n.reg .pred p;\n"
-                 "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(g)), "r"(parity) : "memory");
-    return passed;
-}
-
-static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return gate_passed(full, use & 1); }
+static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { return gate_landed(full, use); }
 
 // All warps have released use - 1.
 static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
 {
-    return use == 0 || gate_passed(free, (use - 1) & 1);
+    bool is_free = (int)(gate_count(free) - use * WARPS) >= 0;
+    __threadfence_block();
+    return is_free;
 }
 
 static __device__ __forceinline__ void gate_release(Gate *free)
 {
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}"
-                 :: "r"(shared_address(free)) : "memory");
+    __threadfence_block();
+    atomicAdd(&free->count, 1);
 }
 
-// The producer warp starts a bulk copy of BYTES (a multiple of 512) that opens the gate.
+// The producer warp brings BYTES (a multiple of 512) and opens the gate.
 static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
 {
-    if (threadIdx.x % 32 == 0) {
-        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}"
-                     :: "r"(shared_address(full)), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     :: "r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(full)) : "memory");
-    }
+    const int lane = threadIdx.x % 32;
+    for (int i = lane * 16; i < bytes; i += 512)
+        *(uint4 *)((unsigned char *)dst + i) = *(const uint4 *)(src + i);
+    __threadfence_block();
+    __syncwarp();
+    if (lane == 0)
+        atomicAdd(&full->count, 1);
     __syncwarp();
 }
 
@@ -379,15 +401,16 @@ struct Shared {
     float part[2][ROUND * 8][WARPS]; // dot products of one round, a column per warp
     float sum[WARPS]; // block_sum
     Word best[WARPS];
-    u32 hist[16][4]; // sampler: count and mass of a digit, 16 bits a limb
+    u32 hist[16][5]; // sampler: count and mass of a digit, see add_mass
     Gate full[STAGES], free[STAGES];
     mk_args args;
     u32 hold; // a hop is awaited: keep fewer chunks in flight
     u32 done; // the consumers have left
+    u32 canceled; // the host's word, in CTA 0
     u32 filled, landed; // producer: chunks before these are on their way, have arrived
     int index; // of the token in this launch
 };
-static_assert(sizeof(Shared) <= 141820, "the plan's shared memory is too small");
+static_assert(sizeof(Shared) <= 64012, "the plan's shared memory is too small");
 
 extern __shared__ Shared S[];
 
@@ -399,6 +422,8 @@ static __device__ __forceinline__ void store_flag(u32 *p, u32 v) { *(volatile u3
 // Tell the host what CTA blockIdx.x waits for, and stop the GPU's work.
 [[noreturn]] static __device__ __noinline__ void stuck(u32 *fault, u32 stage, u32 expected, u32 seen)
 {
+    while (!claim_system(fault + FAULT_CLAIM)) // another was first: let it finish
+        ;
     store_system(fault + FAULT_STAGE, stage);
     store_system(fault + FAULT_CTA, blockIdx.x);
     store_system(fault + FAULT_EXPECTED, expected);
@@ -447,21 +472,25 @@ static __device__ __forceinline__ void await_words(u32 tag, u32 stage, At at, Us
     #pragma unroll 1
     for (int first = threadIdx.x; first < WORDS; first += BATCH * THREADS) {
         Word w[BATCH];
+        Watch watch;
+        for (bool all = false; !all;) { // again and again all of them: one trip when they are there
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                w[i] = load_word(at(first + i * THREADS < WORDS ? first + i * THREADS : first));
+            u32 wrong = 0, seen = tag;
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                seen = w[i].tag != tag ? w[i].tag : seen;
+                wrong |= w[i].tag ^ tag;
+            }
+            all = wrong == 0;
+            if (!all)
+                watch.poll(S->args.fault, stage, tag, seen);
+        }
         #pragma unroll
         for (int i = 0; i < BATCH; i++)
-            w[i] = load_word(at(first + i * THREADS < WORDS ? first + i * THREADS : first));
-        #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int word = first + i * THREADS;
-            if (word < WORDS) {
-                Watch watch;
-                while (w[i].tag != tag) {
-                    watch.poll(S->args.fault, stage, tag, w[i].tag);
-                    w[i] = load_word(at(word));
-                }
-                use(word, w[i]);
-            }
-        }
+            if (first + i * THREADS < WORDS)
+                use(first + i * THREADS, w[i]);
     }
     if (threadIdx.x == 0)
         store_flag(&S->hold, 0);
@@ -516,45 +545,52 @@ static __device__ __forceinline__ void pad_x(int cols)
         store_x(pair, 0);
 }
 
-static __device__ __forceinline__ void wait_landed(int stage, u32 use)
+static __device__ __forceinline__ void wait_landed(u32 chunk)
 {
     Watch watch;
-    while (!gate_landed(&S->full[stage], use))
-        watch.poll(S->args.fault, AT_RING, use, stage);
+    while (!gate_await_landed(&S->full[chunk % STAGES], chunk / STAGES))
+        watch.poll(S->args.fault, AT_RING, chunk, S->landed);
 }
 
-// Multiply the next block of the ring by x.  Each warp takes every WARPS-th unit; lanes 0-3
-// write the sums of their 2 rows to PART[row][warp].  Returns the next chunk.
-template <class P>
-static __device__ __forceinline__ u32 multiply_block(u32 chunk, float (*part)[WARPS])
+// Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two
+// blocks, or one of them twice; every column of the right one is x, and the first result is
+// used.  Each warp takes every WARPS-th unit and writes its sums to PART[row][warp].  Returns
+// the next chunk.
+template <class P, int N>
+static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, float (*part)[WARPS])
 {
+    static_assert(N == 1 || P::SPANS == 1, "the ring may not hold so many chunks");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float even[4] = {}, odd[4] = {};
+    const int my_half = N == 2 ? lane / 8 % 2 : 0; // whose rows this lane gives to ldmatrix
+    float sum[4][4] = {}; // chains of independent sums
     #pragma unroll
-    for (int span = 0; span < P::SPANS; span++, chunk++) {
+    for (int span = 0; span < P::SPANS; span++, chunk += N) {
         const int units = min(P::SPAN_UNITS, P::UNITS - span * P::SPAN_UNITS);
-        const int stage = chunk % STAGES;
-        wait_landed(stage, chunk / STAGES);
+        const unsigned char *x_at = S->scratch + (span * P::SPAN_UNITS + warp) * 64 + lane % 4 * 16;
+        const u32 w_at = shared_address(S->ring[(chunk + my_half) % STAGES])
+                       + warp * 512 + lane / 16 * 128 + lane % 8 * 16;
         #pragma unroll
-        for (int i = 0; i < (P::SPAN_UNITS + WARPS - 1) / WARPS; i++) {
-            const int unit = i * WARPS + warp;
-            if (unit < units) {
-                u32 w[4];
-                ldmatrix(w, shared_address(S->ring[stage]) + unit * 512 + lane * 16);
-                uint4 x = make_uint4(0, 0, 0, 0);
-                if (lane < 4)
-                    x = *(const uint4 *)(S->scratch + (span * P::SPAN_UNITS + unit) * 64 + lane * 16);
-                mma(even, x.x, 0, x.y, 0, w[0], w[1]);
-                mma(odd, x.z, 0, x.w, 0, w[2], w[3]);
+        for (int b = 0; b < N; b++)
+            wait_landed(chunk + b);
+        #pragma unroll
+        for (int i = 0; i < (units + WARPS - 1) / WARPS; i++) {
+            if ((i + 1) * WARPS <= units || i * WARPS + warp < units) {
+                const uint4 x = *(const uint4 *)(x_at + i * WARPS * 64);
+                u32 w[2][4]; // columns 0-15 and 16-31
+                ldmatrix(w[0], w_at + i * WARPS * 512);
+                ldmatrix(w[1], w_at + i * WARPS * 512 + 256);
+                mma(sum[i % 2 * 2], w[0][0], w[0][1], w[0][2], w[0][3], x.x, x.y);
+                mma(sum[i % 2 * 2 + 1], w[1][0], w[1][1], w[1][2], w[1][3], x.z, x.w);
             }
         }
         __syncwarp();
-        if (lane == 0)
-            gate_release(&S->free[stage]);
+        if (lane < N)
+            gate_release(&S->free[(chunk + lane) % STAGES]);
     }
-    if (lane < 4) {
-        part[lane * 2][warp] = even[0] + odd[0];
-        part[lane * 2 + 1][warp] = even[1] + odd[1];
+    if (lane % 4 == 0) {
+        #pragma unroll
+        for (int b = 0; b < N; b++)
+            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2]) + (sum[2][b * 2] + sum[3][b * 2]);
     }
     return chunk;
 }
@@ -592,7 +628,7 @@ static __device__ __forceinline__ u32 layer_chunk(int layer)
 }
 
 // Tags: TOKEN_TAGS of a token, the layers' and then the sampler's.
-constexpr u32 TOKEN_TAGS = L + 32;
+constexpr u32 TOKEN_TAGS = 34;
 static __device__ __forceinline__ u32 layer_tag(int layer)
 {
     return S->args.epoch + S->index * TOKEN_TAGS + layer;
@@ -617,9 +653,13 @@ static __device__ __forceinline__ void multiply(u32 chunk, Finish finish)
     #pragma unroll 1
     for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
         const int n = min(ROUND, blocks - first);
+        constexpr int AT_ONCE = P::SPANS == 1 ? 2 : 1;
+        int i = 0;
         #pragma unroll 1
-        for (int i = 0; i < n; i++)
-            chunk = multiply_block<P>(chunk, S->part[side] + i * 8);
+        for (; i + AT_ONCE <= n; i += AT_ONCE)
+            chunk = multiply_blocks<P, AT_ONCE>(chunk, S->part[side] + i * 8);
+        if (i < n)
+            chunk = multiply_blocks<P, 1>(chunk, S->part[side] + i * 8);
         consumer_barrier();
         finish(first, n, S->part[side]);
     }
@@ -693,11 +733,7 @@ static __device__ __noinline__ void embed(int weight)
     float sum = 0.0f;
     #pragma unroll 1
     for (int tile = threadIdx.x; tile < D / 8; tile += THREADS) {
-        // 8 columns of row token % 8 of the head's block token / 8
-        const int block = token / 8;
-        const uint4 q = *(const uint4 *)(S->args.stream + block % CTAS * CTA_BYTES + HEAD_OFFSET
-                                         + (u64)(block / CTAS) * Head::BLOCK_BYTES
-                                         + tile * 128 + token % 8 * 16);
+        const uint4 q = ((const uint4 *)(S->args.embed + (u64)token * D))[tile];
         const u32 v[4] = {q.x, q.y, q.z, q.w};
         #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -823,9 +859,6 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
     #pragma unroll
     for (int i = 0; i < Head_values::PAIRS; i++)
         rope[i] = ((const float2 *)S->args.rope)[(u64)pos * (E / 2) + lane + i * 32];
-    Head_values q_norm, k_norm;
-    q_norm.load(vec + VEC_Q_NORM);
-    k_norm.load(vec + VEC_K_NORM);
 
     await_words<(HEAD_GROUP + 2) * HEAD_WORDS>(tag, AT_QKV, [&](int word) {
         const int i = word / HEAD_WORDS;
@@ -843,7 +876,6 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
         Head_values x;
         x.load(raw + i * E);
         if (i < HEAD_GROUP) {
-            x.norm(q_norm);
             x.rotate(rope);
             for (int j = 0; j < Head_values::PAIRS; j++) {
                 A.q[i][lane + j * 32] = x.a[j] * 0.180336878f;
@@ -852,7 +884,6 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
         } else if (last) {
             half *to = i == HEAD_GROUP ? A.key : A.value;
             if (i == HEAD_GROUP) {
-                x.norm(k_norm);
                 x.rotate(rope);
             }
             half *row = cache + (i == HEAD_GROUP ? 0 : KV_VALUE) + (u64)pos * E;
@@ -870,11 +901,35 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
     consumer_barrier();
 }
 
-// Each warp attends to its share of positions FROM .. TO-1 and leaves its sums in the work
-// space.  A group of E/8 lanes takes a position; each lane has 8 of its dimensions.
-static __device__ __forceinline__ void attn_positions(Attention &A, const half *cache, int pos, int from, int to)
+// The keys and values that a lane reads at once: 8 dimensions of AHEAD positions.  A group of
+// LANES lanes takes a position.
+struct Rows {
+    static constexpr int LANES = E / 8, GROUP = 32 / LANES;
+    static constexpr int AHEAD = 2; // as registers allow
+    static constexpr int WARP = GROUP * AHEAD; // positions of a warp
+    uint4 key[AHEAD], value[AHEAD];
+
+    static __device__ __forceinline__ int first(int from) { return from + (int)(threadIdx.x / 32) * WARP; }
+    static __device__ __forceinline__ int row(int base, int r) { return base + r * GROUP + (int)(threadIdx.x % 32) / LANES; }
+
+    // From the cache, which has no row POS yet; positions from TO on give those before.
+    __device__ __forceinline__ void load(const half *cache, int base, int to, int pos)
+    {
+        const int dim = (int)(threadIdx.x % LANES) * 8;
+        #pragma unroll
+        for (int r = 0; r < AHEAD; r++) {
+            const half *at = cache + (u64)max(min(min(row(base, r), to - 1), pos - 1), 0) * E + dim;
+            key[r] = *(const uint4 *)at;
+            value[r] = *(const uint4 *)(at + KV_VALUE);
+        }
+    }
+};
+
+// Each warp attends to its share of positions FROM .. TO-1, the first of which are in NEXT, and
+// leaves its sums in the work space.
+static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache, int pos, int from, int to)
 {
-    constexpr int LANES = E / 8, ROWS = 32 / LANES, AHEAD = 4; // rows of a warp; loads on their way
+    constexpr int LANES = Rows::LANES, AHEAD = Rows::AHEAD;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int sub = lane / LANES, dim = lane % LANES * 8;
     float q[HEAD_GROUP][8], out[HEAD_GROUP][8] = {}, top[HEAD_GROUP], sum[HEAD_GROUP] = {};
@@ -887,29 +942,28 @@ static __device__ __forceinline__ void attn_positions(Attention &A, const half *
     }
 
     #pragma unroll 1
-    for (int base = from + warp * ROWS * AHEAD; base < to; base += WARPS * ROWS * AHEAD) {
-        uint4 key[AHEAD], value[AHEAD];
+    for (int base = Rows::first(from); base < to; base += WARPS * Rows::WARP) {
+        Rows rows = next;
+        next.load(cache, base + WARPS * Rows::WARP, to, pos);
         #pragma unroll
         for (int r = 0; r < AHEAD; r++) {
-            const int row = min(base + r * ROWS + sub, to - 1);
-            const half *k = row == pos ? A.key : cache + (u64)row * E;
-            const half *v = row == pos ? A.value : cache + KV_VALUE + (u64)row * E;
-            key[r] = *(const uint4 *)(k + dim);
-            value[r] = *(const uint4 *)(v + dim);
+            if (min(Rows::row(base, r), to - 1) == pos) {
+                rows.key[r] = *(const uint4 *)(A.key + dim);
+                rows.value[r] = *(const uint4 *)(A.value + dim);
+            }
         }
         #pragma unroll
         for (int g = 0; g < HEAD_GROUP; g++) {
             float score[AHEAD], best = top[g];
             #pragma unroll
             for (int r = 0; r < AHEAD; r++) {
-                float s = q[g][0] * low(key[r].x) + q[g][1] * high(key[r].x)
-                        + q[g][2] * low(key[r].y) + q[g][3] * high(key[r].y)
-                        + q[g][4] * low(key[r].z) + q[g][5] * high(key[r].z)
-                        + q[g][6] * low(key[r].w) + q[g][7] * high(key[r].w);
+                const uint4 key = rows.key[r];
+                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x) + q[g][2] * low(key.y) + q[g][3] * high(key.y)
+                        + q[g][4] * low(key.z) + q[g][5] * high(key.z) + q[g][6] * low(key.w) + q[g][7] * high(key.w);
                 #pragma unroll
                 for (int i = LANES / 2; i; i /= 2)
                     s += __shfl_xor_sync(~0u, s, i);
-                score[r] = base + r * ROWS + sub < to ? s : -1e30f;
+                score[r] = Rows::row(base, r) < to ? s : -1e30f;
                 best = fmaxf(best, score[r]);
             }
             const float keep = exp2f(top[g] - best);
@@ -921,7 +975,7 @@ static __device__ __forceinline__ void attn_positions(Attention &A, const half *
             #pragma unroll
             for (int r = 0; r < AHEAD; r++) {
                 const float p = score[r] > -1e30f ? exp2f(score[r] - best) : 0.0f;
-                const u32 v[4] = {value[r].x, value[r].y, value[r].z, value[r].w};
+                const u32 v[4] = {rows.value[r].x, rows.value[r].y, rows.value[r].z, rows.value[r].w};
                 sum[g] += p;
                 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -962,14 +1016,18 @@ static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, in
     #pragma unroll 1
     for (int i = threadIdx.x; i < queries * HEAD_WORDS; i += THREADS) {
         const int g = i / HEAD_WORDS, word = i % HEAD_WORDS, e = word_first(word);
+        const int e2 = min(e + 2, E - 1); // the last word of a block has no third value
         float best = A.max[0][g], sum = 0.0f, out[3] = {};
+        #pragma unroll
         for (int w = 1; w < WARPS; w++)
             best = fmaxf(best, A.max[w][g]);
+        #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float scale = exp2f(A.max[w][g] - best);
             sum += A.sum[w][g] * scale;
-            for (int j = 0; j < word_count(word); j++)
-                out[j] += A.out[w][g][e + j] * scale;
+            out[0] += A.out[w][g][e] * scale;
+            out[1] += A.out[w][g][e + 1] * scale;
+            out[2] += A.out[w][g][e2] * scale;
         }
         const float scale = splits == 1 ? 1.0f / sum : 1.0f;
         Word *to = S->args.exchange
@@ -996,13 +1054,15 @@ static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
         const int from = (int)((long long)(pos + 1) * split / splits);
         const int to = (int)((long long)(pos + 1) * (split + 1) / splits);
         half *cache = S->args.kv + layer_cache + head * KV_HEAD;
-        for (int row = from + (int)threadIdx.x; row < min(to, pos); row += THREADS) {
-            prefetch_l2(cache + (u64)row * E);
-            prefetch_l2(cache + KV_VALUE + (u64)row * E);
+        Rows rows; // on their way while q is awaited, and the rest to L2
+        rows.load(cache, Rows::first(from), to, pos);
+        for (int line = from * E / 64 + (int)threadIdx.x; line < min(to, pos) * E / 64; line += THREADS) {
+            prefetch_l2(cache + line * 64);
+            prefetch_l2(cache + KV_VALUE + line * 64);
         }
         consumer_barrier(); // the work space is free
         attn_load(A, tag, head, q0, queries, cache, pos, split == splits - 1, S->args.vec + vec);
-        attn_positions(A, cache, pos, from, to);
+        attn_positions(A, rows, cache, pos, from, to);
         consumer_barrier();
         attn_send(A, tag, q0, queries, split, splits);
     }
@@ -1077,7 +1137,7 @@ static __device__ __noinline__ void mlp(int layer)
             if (row < n * 4) {
                 const float gate = row_total(part, row / 8 * 16 + row % 8);
                 const float up = row_total(part, row / 8 * 16 + 8 + row % 8);
-                value = gate / (1.0f + __expf(-gate)) * up * 1.0f;
+                value = gate / (1.0f + __expf(-gate)) * up * 0.0625f;
             }
             send_blocks(S->args.exchange + HOP_MLP, tag, n / 2 - warp * 4, value,
                         [&](int b) { return my_block<Mlp>(first + warp * 8 + b * 2) / 2; });
@@ -1091,60 +1151,64 @@ static __device__ __noinline__ void mlp_down(int layer)
     const u32 tag = layer_tag(layer);
     consumer_barrier(); // x is free
     await_x<F>(S->args.exchange + HOP_MLP, tag, AT_MLP);
-    multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag, 1.0f / 1.0f);
+    multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag, 1.0f / 0.0625f);
 }
 
 // ---- Head and sampler ----------------------------------------------------------------
-
-constexpr float LOWEST = -3.402823466e38f;
 
 // A candidate for the next token.
 struct Best {
     float value;
     int id;
-    u32 flag; // of CTA 0: the host has cancelled
+    u32 canceled; // of CTA 0: by the host
 };
 
 static __device__ __forceinline__ Best better(const Best &a, const Best &b)
 {
     const bool b_wins = b.value > a.value || (b.value == a.value && b.id < a.id);
-    return {b_wins ? b.value : a.value, b_wins ? b.id : a.id, a.flag | b.flag};
+    return {b_wins ? b.value : a.value, b_wins ? b.id : a.id, a.canceled | b.canceled};
 }
 
-// The best of all consumer threads of this CTA, in every one of them.
-static __device__ __forceinline__ Best block_best(Best best)
+// The best of all warps, from what block_best left.
+static __device__ __forceinline__ Best best_found()
 {
-    #pragma unroll
-    for (int i = 16; i; i /= 2)
-        best = better(best, {__shfl_xor_sync(~0u, best.value, i), __shfl_xor_sync(~0u, best.id, i),
-                             __shfl_xor_sync(~0u, best.flag, i)});
-    consumer_barrier(); // S->best is free
-    if (threadIdx.x % 32 == 0)
-        S->best[threadIdx.x / 32] = {{__float_as_uint(best.value), (u32)best.id, best.flag}, 0};
-    consumer_barrier();
-    best = {LOWEST, V, 0};
+    Best best = {-infinity(), V, 0};
     #pragma unroll
     for (int i = 0; i < WARPS; i++)
         best = better(best, {word_value(S->best[i], 0), (int)S->best[i].v[1], S->best[i].v[2]});
     return best;
 }
 
-// The best of all CTAs, in every thread of every CTA.
-static __device__ __noinline__ Best grid_best(Best best, u32 tag)
+// The best of all consumer threads of this CTA: every one of them finds it with best_found.
+static __device__ __forceinline__ void block_best(Best best)
 {
-    best = block_best(best);
+    #pragma unroll
+    for (int i = 16; i; i /= 2)
+        best = better(best, {__shfl_xor_sync(~0u, best.value, i), __shfl_xor_sync(~0u, best.id, i),
+                             __shfl_xor_sync(~0u, best.canceled, i)});
+    consumer_barrier(); // S->best is free
+    if (threadIdx.x % 32 == 0)
+        S->best[threadIdx.x / 32] = {{__float_as_uint(best.value), (u32)best.id, best.canceled}, 0};
+    consumer_barrier();
+}
+
+// The best of all CTAs: every thread of every CTA finds it with best_found.  (Some compilers would
+// pass a struct that is returned through local memory.)
+static __device__ __noinline__ void grid_best(Best best, u32 tag)
+{
+    block_best(best);
     if (threadIdx.x == 0) {
+        best = best_found();
         fence_gpu(); // this CTA's cache rows before the word that lets others read them
-        store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id, best.flag, tag);
+        store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id, best.canceled, tag);
     }
-    best = {LOWEST, V, 0};
+    best = {-infinity(), V, 0};
     await_words<CTAS>(tag, AT_BEST, [&](int word) { return S->args.exchange + HOP_BEST + word; },
                       [&](int, const Word &got) {
                           best = better(best, {word_value(got, 0), (int)got.v[1], got.v[2]});
                       });
-    best = block_best(best);
+    block_best(best);
     fence_gpu();
-    return best;
 }
 
 static __device__ __forceinline__ float *token_logits()
@@ -1156,7 +1220,7 @@ static __device__ __forceinline__ float *token_logits()
 static __device__ __noinline__ Best head()
 {
     float *logits = token_logits();
-    Best mine = {LOWEST, V, 0};
+    Best mine = {-infinity(), V, 0};
     multiply<Head>(layer_chunk(L), [&](int first, int n, const float (*part)[WARPS]) {
         const int id = my_block<Head>(first + threadIdx.x / 8) * 8 + threadIdx.x % 8;
         if (threadIdx.x < n * 8 && id < V) {
@@ -1183,6 +1247,8 @@ static __device__ __forceinline__ void my_logits(Use use)
 // An order-preserving map from floats to integers.
 static __device__ __forceinline__ u32 sort_key(float x)
 {
+    if (x != x)
+        return 0; // not a number: below all
     const u32 bits = __float_as_uint(x + 0.0f); // -0 is 0
     return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
@@ -1190,59 +1256,69 @@ static __device__ __forceinline__ u32 sort_key(float x)
 // Probability, times 2^40, before it is divided by the sum.
 static __device__ __forceinline__ u64 mass(float logit, float top, float temperature)
 {
-    return (u64)(expf((logit - top) / temperature) * 1099511627776.0f);
+    const float p = expf((logit - top) / temperature) * 1099511627776.0f;
+    return p >= 1.0f ? (u64)p : 0; // none for what is not a number
+}
+
+// A bin of S->hist: a count, then a mass in limbs of 11 bits, which 32-bit atomics can add up.
+static __device__ __forceinline__ void add_mass(u32 *bin, u64 m)
+{
+    #pragma unroll
+    for (int i = 0; i < 3; i++)
+        atomicAdd(bin + 1 + i, (u32)(m >> 11 * i) & 2047);
+    atomicAdd(bin + 4, (u32)(m >> 33));
+}
+
+static __device__ __forceinline__ u64 bin_mass(const u32 *bin)
+{
+    return bin[1] + ((u64)bin[2] << 11) + ((u64)bin[3] << 22) + ((u64)bin[4] << 33);
 }
 
 // One digit (4 bits, from bit SHIFT) of the search below: every CTA counts its logits
 // whose key starts with PREFIX by their next digit, and adds up all CTAs' counts.  In S->hist
-// every thread then finds, per digit, the count and the mass, as 64-bit sums of 16-bit limbs.
+// every thread then finds the sums.
 static __device__ __noinline__ void count_digit(const float *logits, float top, u32 prefix, int shift, u32 tag)
 {
     const float temperature = S->args.temperature;
     Word *hop = S->args.exchange + HOP_COUNT + tag % 2 * (CTAS * 16);
     consumer_barrier(); // S->hist is free
-    if (threadIdx.x < 64)
-        S->hist[threadIdx.x / 4][threadIdx.x % 4] = 0;
+    if (threadIdx.x < 80)
+        S->hist[threadIdx.x / 5][threadIdx.x % 5] = 0;
     consumer_barrier();
     my_logits([&](int id) {
         const u32 key = sort_key(logits[id]);
         if (shift == 28 || key >> (shift + 4) == prefix >> (shift + 4)) {
-            const u64 m = mass(logits[id], top, temperature);
             u32 *bin = S->hist[key >> shift & 15];
             atomicAdd(bin, 1);
-            atomicAdd(bin + 1, (u32)m & 0xffff);
-            atomicAdd(bin + 2, (u32)(m >> 16) & 0xffff);
-            atomicAdd(bin + 3, (u32)(m >> 32));
+            add_mass(bin, mass(logits[id], top, temperature));
         }
     });
     consumer_barrier();
     if (threadIdx.x < 16) {
         const u32 *bin = S->hist[threadIdx.x];
-        const u64 m = bin[1] + ((u64)bin[2] << 16) + ((u64)bin[3] << 32);
+        const u64 m = bin_mass(bin);
         store_word(hop + blockIdx.x * 16 + threadIdx.x, bin[0], (u32)m, (u32)(m >> 32), tag);
     }
     consumer_barrier();
-    if (threadIdx.x < 64)
-        S->hist[threadIdx.x / 4][threadIdx.x % 4] = 0;
+    if (threadIdx.x < 80)
+        S->hist[threadIdx.x / 5][threadIdx.x % 5] = 0;
     consumer_barrier();
     await_words<CTAS * 16>(tag, AT_COUNT, [&](int word) { return hop + word; }, [&](int word, const Word &got) {
         u32 *bin = S->hist[word % 16];
         atomicAdd(bin, got.v[0]);
-        atomicAdd(bin + 1, got.v[1] & 0xffff);
-        atomicAdd(bin + 2, got.v[1] >> 16);
-        atomicAdd(bin + 3, got.v[2]);
+        add_mass(bin, (u64)got.v[2] << 32 | got.v[1]);
     });
     consumer_barrier();
 }
 
+struct Threshold {
+    u32 key;
+    u64 total; // mass of the logits at or above it
+};
+
 // The largest key such that the logits at or above it number at least WANT (BY_MASS 0), or
 // have at least that mass (BY_MASS 1); found a digit at a time with 8 hops.  With
 // WANT_SHARE >= 0, WANT is that share of all mass.
-struct Threshold {
-    u32 key;
-    u64 mass; // of the logits at or above it
-};
-
 static __device__ __noinline__ Threshold threshold(const float *logits, float top, bool by_mass, u64 want,
                                                    float want_share, u32 tag)
 {
@@ -1254,16 +1330,16 @@ static __device__ __noinline__ Threshold threshold(const float *logits, float to
         if (shift == 28 && want_share >= 0.0f) {
             u64 total = 0;
             for (int i = 0; i < 16; i++)
-                total += S->hist[i][1] + ((u64)S->hist[i][2] << 16) + ((u64)S->hist[i][3] << 32);
+                total += bin_mass(S->hist[i]);
             want = (u64)((double)want_share * (double)total);
         }
         int digit = 15;
         for (;; digit--) {
             const u32 *bin = S->hist[digit];
-            const u64 m = bin[1] + ((u64)bin[2] << 16) + ((u64)bin[3] << 32);
+            const u64 m = bin_mass(bin);
             const u64 reached = by_mass ? above_mass + m : above + bin[0];
             if (reached >= want && reached > 0 || digit == 0) {
-                found.mass = above_mass + m;
+                found.total = above_mass + m;
                 break;
             }
             above += bin[0];
@@ -1283,42 +1359,43 @@ static __device__ __forceinline__ u64 sample_hash(u64 seed, u32 position, u32 id
 }
 
 // Choose from the logits: cut to top_k and top_p, then the largest logit / temperature plus
-// Gumbel noise, which is a draw from the softmax.  BEST: this thread's largest logit.
-static __device__ __noinline__ Best sample(Best best)
+// Gumbel noise, which is a draw from the softmax; best_found tells.  BEST: this thread's largest logit.
+static __device__ __noinline__ void sample(Best best)
 {
     const float *logits = token_logits();
     const int position = S->args.pos + S->index + 1;
     const u32 tag = layer_tag(L);
     const float temperature = S->args.temperature, top_p = S->args.top_p;
     const int top_k = S->args.top_k;
-    const u32 flag = best.flag;
+    const u32 canceled = best.canceled;
     Threshold least = {0, 0};
     consumer_barrier(); // the logits are written
     if (top_k > 0 && top_k < V || top_p < 1.0f) {
-        const Best top = grid_best(best, tag);
+        grid_best(best, tag);
+        const float top = best_found().value;
         if (top_k > 0 && top_k < V)
-            least = threshold(logits, top.value, false, top_k, -1.0f, tag + 1);
+            least = threshold(logits, top, false, top_k, -1.0f, tag + 1);
         if (top_p < 1.0f) {
-            const u64 want = (u64)((double)top_p * (double)least.mass);
-            const Threshold by_mass = threshold(logits, top.value, true, want, least.mass ? -1.0f : top_p, tag + 9);
+            const u64 want = (u64)((double)top_p * (double)least.total);
+            const Threshold by_mass = threshold(logits, top, true, want, least.total ? -1.0f : top_p, tag + 9);
             least.key = max(least.key, by_mass.key);
         }
     }
-    best = {LOWEST, V, flag};
+    best = {-infinity(), V, canceled};
     my_logits([&](int id) {
         if (sort_key(logits[id]) >= least.key) {
             const float u = (float)(sample_hash(S->args.seed, position, id) >> 41) * 0x1p-23f + 0x1p-24f;
-            best = better(best, {logits[id] / temperature - logf(-logf(u)), id, flag});
+            best = better(best, {logits[id] / temperature - logf(-logf(u)), id, canceled});
         }
     });
-    return grid_best(best, tag + 17);
+    grid_best(best, tag + 17);
 }
 
 // ---- Decode: the producer warp -------------------------------------------------------
 
-// It keeps the ring full of this CTA's stream, across stages, layers and tokens.
+// The producer warp keeps the ring full of this CTA's stream, across stages, layers and tokens.
 
-// It keeps its place in S->filled and S->landed, which no one else writes.
+// Its place is in S->filled and S->landed, which no one else writes.
 
 // Count the chunks that have landed, of those before chunk FILLED.
 static __device__ __forceinline__ u32 count_landed(u32 filled)
@@ -1330,7 +1407,7 @@ static __device__ __forceinline__ u32 count_landed(u32 filled)
     if (threadIdx.x % 32 == 0)
         S->landed = landed;
     __syncwarp();
-    return landed;
+    return __shfl_sync(~0u, landed, 0);
 }
 
 // Bring the next BYTES as chunk CHUNK, when its stage is free and few enough chunks are on their
@@ -1338,8 +1415,7 @@ static __device__ __forceinline__ u32 count_landed(u32 filled)
 static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src, int bytes)
 {
     const int stage = chunk % STAGES;
-    Watch watch;
-    for (;;) {
+    for (;;) { // no watchdog: what holds the consumers up, they report themselves
         const u32 landed = count_landed(chunk);
         const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
         const bool go = chunk - landed < most && gate_free(&S->free[stage], chunk / STAGES);
@@ -1347,7 +1423,6 @@ static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src,
             return false;
         if (__shfl_sync(~0u, go, 0))
             break;
-        watch.poll(S->args.fault, AT_RING, chunk, landed);
     }
     gate_fill(&S->full[stage], S->ring[stage], src, bytes);
     return true;
@@ -1376,6 +1451,14 @@ static __device__ __noinline__ void feed(u64 offset)
     __syncwarp();
 }
 
+// The host's word, off the critical path: next_token passes it on.
+static __device__ __noinline__ void look_for_cancel()
+{
+    if (blockIdx.x == 0 && threadIdx.x % 32 == 0)
+        store_flag(&S->canceled, load_system(S->args.cancel));
+    __syncwarp();
+}
+
 // Nothing may arrive after the CTA has gone.
 static __device__ __noinline__ void drain()
 {
@@ -1386,23 +1469,16 @@ static __device__ __noinline__ void drain()
 static __device__ __forceinline__ void produce()
 {
     do {
-        // layer 00
-        feed<Qkv>(0);
-        feed<O>(8192);
-        feed<Mlp>(12288);
-        feed<Down>(28672);
-        // layer 01
-        feed<Qkv>(36864);
-        feed<O>(45056);
-        feed<Mlp>(49152);
-        feed<Down>(65536);
-        // layer 02
-        feed<Qkv>(73728);
-        feed<O>(81920);
-        feed<Mlp>(86016);
-        feed<Down>(102400);
+        #pragma unroll 1
+        for (int layer = 0; layer < L; layer++) {
+            feed<Qkv>(layer * LAYER_BYTES + QKV_OFFSET);
+            feed<O>(layer * LAYER_BYTES + O_OFFSET);
+            feed<Mlp>(layer * LAYER_BYTES + MLP_OFFSET);
+            feed<Down>(layer * LAYER_BYTES + DOWN_OFFSET);
+        }
+        look_for_cancel();
         feed<Head>(HEAD_OFFSET);
-    } while (S->filled < S->args.n * token_chunks() && !load_flag(&S->done));
+    } while (S->filled < S->args.n * token_chunks() && __shfl_sync(~0u, !load_flag(&S->done), 0));
     drain();
 }
 
@@ -1412,36 +1488,17 @@ static __device__ __forceinline__ void produce()
 // what the head multiplies.  Numbers: the layer, then offsets into args.vec and args.kv.
 static __device__ __forceinline__ void layers()
 {
-
-    // layer 00
-    qkv(0, 640);
-    attn(0, 0, 0);
-    attn_merge(0);
-    attn_out(0);
-    add_norm(0, HOP_O, AT_O, 256);
-    mlp(0);
-    mlp_down(0);
-    add_norm(0, HOP_DOWN, AT_DOWN, 640);
-
-    // layer 01
-    qkv(1, 1280);
-    attn(1, 131072, 640);
-    attn_merge(1);
-    attn_out(1);
-    add_norm(1, HOP_O, AT_O, 896);
-    mlp(1);
-    mlp_down(1);
-    add_norm(1, HOP_DOWN, AT_DOWN, 1280);
-
-    // layer 02
-    qkv(2, 1920);
-    attn(2, 262144, 1280);
-    attn_merge(2);
-    attn_out(2);
-    add_norm(2, HOP_O, AT_O, 1536);
-    mlp(2);
-    mlp_down(2);
-    add_norm(2, HOP_DOWN, AT_DOWN, 1920);
+    #pragma unroll 1
+    for (int layer = 0; layer < L; layer++) {
+        qkv(layer, layer * VEC_LAYER + VEC_BIAS);
+        attn(layer, layer * KV_LAYER, layer * VEC_LAYER);
+        attn_merge(layer);
+        attn_out(layer);
+        add_norm(layer, HOP_O, AT_O, layer * VEC_LAYER + VEC_MLP_NORM);
+        mlp(layer);
+        mlp_down(layer);
+        add_norm(layer, HOP_DOWN, AT_DOWN, layer + 1 < L ? (layer + 1) * VEC_LAYER + VEC_ATTN_NORM : VEC_NORM);
+    }
 }
 
 // ---- Decode: the kernel --------------------------------------------------------------
@@ -1459,16 +1516,20 @@ static __device__ __forceinline__ bool is_stop(int id)
 static __device__ __noinline__ bool next_token()
 {
     Best best = head();
-    best.flag = blockIdx.x == 0 && threadIdx.x == 0 ? load_system(S->args.cancel) : 0;
-    best = S->args.temperature > 0.0f ? sample(best) : grid_best(best, layer_tag(L));
-    best.id = min(best.id, V - 1); // logits that are not numbers choose nothing
+    best.canceled = blockIdx.x == 0 && threadIdx.x == 0 ? load_flag(&S->canceled) : 0;
+    if (S->args.temperature > 0.0f)
+        sample(best);
+    else
+        grid_best(best, layer_tag(L));
+    best = best_found();
+    best.id = best.id < V ? best.id : 0; // logits that are not numbers choose nothing
     if (threadIdx.x == 0) {
         const int i = S->index + 1;
         if (blockIdx.x == 0)
-            store_system(S->args.ring + i - 1, (u64)S->args.launch << 32 | (u32)best.id);
+            store_relaxed_system(S->args.ring + i - 1, (u64)S->args.launch << 32 | (u32)best.id);
         if (i < S->args.n)
             S->args.token = S->args.tokens ? S->args.tokens[i] : best.id;
-        if (best.flag || i == S->args.n || is_stop(best.id))
+        if (best.canceled || i == S->args.n || is_stop(best.id))
             store_flag(&S->done, 1);
         S->index = i;
     }
@@ -1480,7 +1541,7 @@ static __device__ __forceinline__ void start(const mk_args &args)
 {
     if (threadIdx.x == 0) {
         S->args = args;
-        S->hold = S->done = S->filled = S->landed = S->index = 0;
+        S->hold = S->done = S->canceled = S->filled = S->landed = S->index = 0;
         for (int i = 0; i < STAGES; i++)
             gate_init(&S->full[i], &S->free[i]);
         gate_init_done();
@@ -1537,7 +1598,7 @@ static __device__ __forceinline__ float made_value(u64 key, u64 index)
 static __device__ __forceinline__ float source_value(const mk_pack_args &args, u64 index)
 {
     if (!args.src)
-        return made_value(args.key, args.first + index);
+        return made_value(args.key, index);
     if (args.dtype == 0)
         return __uint_as_float((u32)((const u16 *)args.src)[index] << 16);
     if (args.dtype == 1)
@@ -1605,14 +1666,14 @@ constexpr int PREFILL_WARPS = 8;
 constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
 constexpr int PREFILL_TOKENS = 512; // of a launch at most
 constexpr int FEW_TOKENS = 64; // up to here the weight read is the floor: read ahead
-constexpr int MOST_STAGES = 8; // of a pipeline of copies
-constexpr int WORK_BYTES = 132096 - 1024;
+constexpr int MOST_STAGES = 2; // of a pipeline of copies
+constexpr int WORK_BYTES = 33792 - 1024;
 
 struct Prefill_shared {
     alignas(128) unsigned char work[WORK_BYTES]; // stages of copies, or partial sums
     mk_args args;
 };
-static_assert(sizeof(Prefill_shared) <= 132096, "the plan's shared memory is too small");
+static_assert(sizeof(Prefill_shared) <= 33792, "the plan's shared memory is too small");
 
 extern __shared__ Prefill_shared G[];
 
@@ -1620,11 +1681,11 @@ extern __shared__ Prefill_shared G[];
 // blocks of 8 rows: tiles of 8 tokens x 8 columns (128 bytes), along the columns.
 constexpr u64 PF_RESID = 0; // float [T][D]: the residual stream
 constexpr u64 PF_X = 524288; // norms, in blocks; then q, half [T][H][E]
-constexpr u64 PF_Y = PF_X + (u64)PREFILL_TOKENS * 512 * 2; // attention; then MLP products
-constexpr u64 PF_QKV = 1572864; // float [T][H + 2 K][E]: before norm and rotation
+constexpr u64 PF_Y = PF_X + (u64)PREFILL_TOKENS * 480 * 2; // attention; then MLP products
+constexpr u64 PF_QKV = 1507328; // float [T][H + 2 K][E]: before norm and rotation
 static_assert(D % 8 == 0 && F % 8 == 0 && H % K == 0 && PREFILL_TOKENS % 8 == 0, "shapes");
-static_assert(Qkv::UNITS * 32 <= 512 && O::UNITS * 32 <= 512 && H * E <= 512
-              && Down::UNITS * 32 <= 512, "the plan's activations are too narrow");
+static_assert(Qkv::UNITS * 32 <= 480 && O::UNITS * 32 <= 480 && H * E <= 480
+              && Down::UNITS * 32 <= 480, "the plan's activations are too narrow");
 
 static __device__ __forceinline__ float *prefill_resid() { return (float *)(G->args.scratch + PF_RESID); }
 static __device__ __forceinline__ float *prefill_raw() { return (float *)(G->args.scratch + PF_QKV); }
@@ -1703,9 +1764,7 @@ static __device__ __noinline__ void prefill_embed()
         float4 *row = (float4 *)(prefill_resid() + (u64)token * D);
         #pragma unroll 4
         for (int tile = lane; tile < D / 8; tile += 32) { // the lane that reads them in the norm
-            // 8 columns of row id % 8 of the head's block id / 8
-            const uint4 q = *(const uint4 *)(block_at<Head>(G->args.stream + HEAD_OFFSET, id / 8)
-                                             + tile * 128 + id % 8 * 16);
+            const uint4 q = ((const uint4 *)(G->args.embed + (u64)id * D))[tile];
             row[tile * 2] = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
             row[tile * 2 + 1] = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
         }
@@ -1733,7 +1792,7 @@ struct Tile {
     static_assert(M16 * WM * 16 == TOKENS && N8 * WN == BLOCKS && UNITS % WK == 0 && STAGES >= 2, "tile");
     static_assert(WK == 1 || WK * TOKENS * BLOCKS * 32 <= WORK_BYTES, "partial sums");
 };
-typedef Tile<128, 128 / 8, 64, 2, 4, 4> Wide;
+typedef Tile<64, 128 / 8, 32, 2, 4, 2> Wide;
 typedef Tile<64, 8, 64, 2, 2, MOST_STAGES> Middle;
 
 // For at most 16 tokens: tiles so narrow that every CTA has one, as far as stages fit.
@@ -1987,9 +2046,6 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
     const float *vec = G->args.vec + layer_vec;
     half *cache = G->args.kv + layer_cache;
     const int batches = (H + 2 * K - first + BATCH - 1) / BATCH, tasks = G->args.n * batches;
-    Head_values q_norm, k_norm;
-    q_norm.load(vec + VEC_Q_NORM);
-    k_norm.load(vec + VEC_K_NORM);
     #pragma unroll 1
     for (int task = warp * CTAS + blockIdx.x; task < tasks; task += PREFILL_WARPS * CTAS) {
         const int token = task / batches, head0 = first + task % batches * BATCH, pos = G->args.pos + token;
@@ -2010,12 +2066,10 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
             half *to;
             float scale = 1.0f;
             if (head < H) {
-                x[i].norm(q_norm);
                 x[i].rotate(rope);
                 to = (half *)prefill_x() + ((u64)token * H + head) * E;
                 scale = 0.180336878f;
             } else if (head < H + K) {
-                x[i].norm(k_norm);
                 x[i].rotate(rope);
                 to = cache + (head - H) * KV_HEAD + (u64)pos * E;
             } else {
@@ -2232,7 +2286,7 @@ static __device__ __noinline__ void prefill_o(u64 at)
 
 static __device__ __forceinline__ float silu_product(float gate, float up)
 {
-    return __fdividef(gate, 1.0f + __expf(-gate)) * up * 1.0f;
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up * 0.0625f;
 }
 
 // y = silu(x W_gate) * (x W_up).  Gate and up blocks come in turn; y is padded with zeros up to
@@ -2258,7 +2312,7 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
 
 static __device__ __noinline__ void prefill_down(u64 at)
 {
-    multiply_add<Down>(at, 1.0f / 1.0f);
+    multiply_add<Down>(at, 1.0f / 0.0625f);
     read_ahead(at - DOWN_OFFSET + LAYER_BYTES, O_OFFSET); // q, k, v of the next layer
 }
 
@@ -2273,44 +2327,29 @@ static __device__ __forceinline__ void prefill()
     read_ahead(QKV_OFFSET, O_OFFSET - QKV_OFFSET);
     prefill_embed();
     grid_barrier(count += CTAS);
-
-    // layer 00
-    prefill_qkv(0, 0, 640);
-    grid_barrier(count += CTAS);
-    prefill_rotate(0, 0, 0);
-    grid_barrier(count += CTAS);
-    prefill_attn(0);
-    grid_barrier(count += CTAS);
-    prefill_o(8192);
-    grid_barrier(count += CTAS);
-    prefill_norm(256);
-    grid_barrier(count += CTAS);
-    prefill_mlp(12288);
-    grid_barrier(count += CTAS);
-    prefill_down(28672);
-    grid_barrier(count += CTAS);
-    prefill_norm(640);
-    grid_barrier(count += CTAS);
+    #pragma unroll 1
+    for (int layer = 0; layer < L - 1; layer++) {
+        const u64 at = layer * LAYER_BYTES;
+        const int vec = layer * VEC_LAYER;
+        prefill_qkv(at + QKV_OFFSET, 0, vec + VEC_BIAS);
+        grid_barrier(count += CTAS);
+        prefill_rotate(vec, layer * KV_LAYER, 0);
+        grid_barrier(count += CTAS);
+        prefill_attn(layer * KV_LAYER);
+        grid_barrier(count += CTAS);
+        prefill_o(at + O_OFFSET);
+        grid_barrier(count += CTAS);
+        prefill_norm(vec + VEC_MLP_NORM);
+        grid_barrier(count += CTAS);
+        prefill_mlp(at + MLP_OFFSET);
+        grid_barrier(count += CTAS);
+        prefill_down(at + DOWN_OFFSET);
+        grid_barrier(count += CTAS);
+        prefill_norm(vec + VEC_LAYER + VEC_ATTN_NORM);
+        grid_barrier(count += CTAS);
+    }
 
     // layer 01
-    prefill_qkv(36864, 0, 1280);
-    grid_barrier(count += CTAS);
-    prefill_rotate(640, 131072, 0);
-    grid_barrier(count += CTAS);
-    prefill_attn(131072);
-    grid_barrier(count += CTAS);
-    prefill_o(45056);
-    grid_barrier(count += CTAS);
-    prefill_norm(896);
-    grid_barrier(count += CTAS);
-    prefill_mlp(49152);
-    grid_barrier(count += CTAS);
-    prefill_down(65536);
-    grid_barrier(count += CTAS);
-    prefill_norm(1280);
-    grid_barrier(count += CTAS);
-
-    // layer 02
     prefill_qkv((L - 1) * LAYER_BYTES + QKV_OFFSET, H * E / 8, (L - 1) * VEC_LAYER + VEC_BIAS);
     grid_barrier(count += CTAS);
     prefill_rotate((L - 1) * VEC_LAYER, (L - 1) * KV_LAYER, H);
