@@ -39,7 +39,6 @@
     F(cuStreamCreate, (void **stream, unsigned flags))                                      \
     F(cuStreamDestroy_v2, (void *stream))                                                   \
     F(cuStreamSynchronize, (void *stream))                                                  \
-    F(cuStreamQuery, (void *stream))                                                        \
     F(cuModuleLoadData, (rt_module *m, const void *image))                                  \
     F(cuModuleUnload, (rt_module m))                                                        \
     F(cuModuleGetFunction, (rt_func *f, rt_module m, const char *name))                     \
@@ -54,6 +53,7 @@
     F(cuEventCreate, (rt_event *e, unsigned flags))                                         \
     F(cuEventDestroy_v2, (rt_event e))                                                      \
     F(cuEventRecord, (rt_event e, void *stream))                                            \
+    F(cuEventQuery, (rt_event e))                                                           \
     F(cuEventSynchronize, (rt_event e))                                                     \
     F(cuEventElapsedTime, (float *ms, rt_event a, rt_event b))
 
@@ -480,18 +480,6 @@ int rt_device_sync(struct rt_device *d, struct mk_err *err)
     return rc ? rc : check(err, cu.cuStreamSynchronize(d->stream), "cuStreamSynchronize");
 }
 
-int rt_device_done(struct rt_device *d, struct mk_err *err)
-{
-    int rc = enter(d, err);
-
-    if (rc)
-        return rc;
-    rc = cu.cuStreamQuery(d->stream);
-    if (rc == CU_NOT_READY)
-        return 0;
-    return rc ? check(err, rc, "cuStreamQuery") : 1;
-}
-
 /* ---- Modules and launches --------------------------------------------------- */
 
 /* A little-endian number of N bytes, as ELF files have them. */
@@ -673,6 +661,18 @@ int rt_event_record(struct rt_device *d, rt_event e, struct mk_err *err)
     int rc = enter(d, err);
 
     return rc ? rc : check(err, cu.cuEventRecord(e, d->stream), "cuEventRecord");
+}
+
+int rt_event_done(struct rt_device *d, rt_event e, struct mk_err *err)
+{
+    int rc = enter(d, err);
+
+    if (rc)
+        return rc;
+    rc = cu.cuEventQuery(e);
+    if (rc == CU_NOT_READY)
+        return 0;
+    return rc ? check(err, rc, "cuEventQuery") : 1;
 }
 
 int rt_event_ms(struct rt_device *d, rt_event a, rt_event b, float *ms, struct mk_err *err)

@@ -42,8 +42,6 @@ int rt_device_get(struct rt_device *d, void *dst, rt_ptr src, size_t bytes, stru
 int rt_device_set(struct rt_device *d, rt_ptr dst, unsigned char value, size_t bytes,
                   struct mk_err *err);
 int rt_device_sync(struct rt_device *d, struct mk_err *err);
-/* 1: all work is done; 0: still running; negative: failed. */
-int rt_device_done(struct rt_device *d, struct mk_err *err);
 
 /* Load a cubin; MK_EUNSUPPORTED when it is for another architecture or newer than the driver,
    MK_EFORMAT when it is not a whole cubin. */
@@ -61,6 +59,8 @@ int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int
 int rt_event_make(struct rt_device *d, rt_event *out, struct mk_err *err);
 void rt_event_free(struct rt_device *d, rt_event e);
 int rt_event_record(struct rt_device *d, rt_event e, struct mk_err *err);
+/* 1: what was recorded before E is done; 0: still running; negative: failed. */
+int rt_event_done(struct rt_device *d, rt_event e, struct mk_err *err);
 /* Blocks until B happened; milliseconds from A to B. */
 int rt_event_ms(struct rt_device *d, rt_event a, rt_event b, float *ms, struct mk_err *err);
 #endif

@@ -36,6 +36,7 @@ struct rt_session {
     struct gen_plan plan;
     rt_module module;
     rt_func decode, prefill;
+    rt_event launched;          /* recorded behind every decode launch: sessions share a stream */
     int kernel_from;
     double kernel_s;
     rt_ptr kv, rope, exchange, logits, tokens, scratch, barrier;
@@ -233,6 +234,8 @@ static int make_buffers(struct rt_session *s, struct mk_err *err)
     if (rc == 0)
         rc = rt_device_set(d, s->exchange, 0, exchange, err);
     if (rc == 0)
+        rc = rt_event_make(d, &s->launched, err);
+    if (rc == 0)
         rc = make_mapped(s, err);
     return rc ? rc : make_rope(s, err);
 }
@@ -278,6 +281,7 @@ void rt_session_free(struct rt_session *s)
     rt_device_free(d, s->scratch);
     rt_device_free(d, s->barrier);
     rt_device_free_host(d, s->host);
+    rt_event_free(d, s->launched);
     rt_module_free(d, s->module);
     free(s);
 }
@@ -429,7 +433,7 @@ static int await_token(struct rt_session *s, int i, int32_t *token, struct mk_er
         if (ended)
             return 0;
         if (polls % 1024 == 0) {
-            ended = rt_device_done(s->engine->device, err);
+            ended = rt_event_done(s->engine->device, s->launched, err);
             if (ended < 0)
                 return device_failed(s, ended, err);
             sched_yield();
@@ -460,6 +464,8 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
         rc = rt_device_put(d, s->tokens, job->forced, (size_t)a->n * 4, err);
     if (rc == 0)
         rc = launch(s, s->decode, s->plan.warps * 32 + 32, s->plan.smem_bytes, a, err);
+    if (rc == 0)
+        rc = rt_event_record(d, s->launched, err);
     if (rc)
         return rc;
     for (int i = 0; i < a->n && !*stop && (more = await_token(s, i, last, err)) == 1; i++) {

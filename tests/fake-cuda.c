@@ -263,12 +263,6 @@ int cuStreamSynchronize(void *stream)
     return stream == &used ? 0 : 1;
 }
 
-int cuStreamQuery(void *stream)
-{
-    PLANTED(cuStreamQuery);
-    return stream != &used ? 1 : setting("busy", 0) ? NOT_READY : 0;
-}
-
 int cuModuleLoadData(void **module, const void *image)
 {
     PLANTED(cuModuleLoadData);
@@ -339,6 +333,12 @@ int cuEventRecord(void *e, void *stream)
 {
     PLANTED(cuEventRecord);
     return e && stream == &used ? 0 : 1;
+}
+
+int cuEventQuery(void *e)
+{
+    PLANTED(cuEventQuery);
+    return !e ? 1 : setting("busy", 0) ? NOT_READY : 0;
 }
 
 int cuEventSynchronize(void *e)
