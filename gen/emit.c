@@ -52,7 +52,8 @@ const char *gen_templates_digest(void)
 /* ---- What m4 reads ------------------------------------------------------- */
 
 /* Call VISIT for every part of m4's input, in order. */
-static int each_part(const char *params, int (*visit)(void *, const char *, const char *), void *arg)
+static int each_part(const char *params, int (*visit)(void *, const char *, const char *),
+                     void *arg)
 {
     int rc = 0;
 
@@ -69,23 +70,23 @@ static int each_part(const char *params, int (*visit)(void *, const char *, cons
 
 static int write_part(void *arg, const char *name, const char *text)
 {
-    const int fd = *(int *)arg;
+    const int fd = *(int *) arg;
     size_t left = strlen(text);
 
-    (void)name;
+    (void) name;
     while (left) {
         ssize_t n = write(fd, text, left);
         if (n < 0 && errno != EINTR)
             return -1;
         if (n > 0)
-            text += n, left -= (size_t)n;
+            text += n, left -= (size_t) n;
     }
     return 0;
 }
 
 /* From a line of the whole input to a line of the part that it lies in. */
 struct place {
-    int line;               /* in: of the input; out: of the part */
+    int line; /* in: of the input; out: of the part */
     const char *name;
 };
 
@@ -114,9 +115,10 @@ static int m4_complaint(const char *params, char *log, struct mk_err *err)
     at = strstr(log, "m4:stdin:");
     if (at) {
         line = strtol(at + 9, &text, 10);
-        place.line = line > 0 && line < INT_MAX ? (int)line : INT_MAX;
+        place.line = line > 0 && line < INT_MAX ? (int) line : INT_MAX;
         if (each_part(params, find_part, &place))
-            return gen_fail(err, MK_ECOMPILE, "%s:%d: %s", place.name, place.line, text + strspn(text, ": "));
+            return gen_fail(err, MK_ECOMPILE, "%s:%d: %s", place.name, place.line,
+                            text + strspn(text, ": "));
     }
     return gen_fail(err, MK_ECOMPILE, "m4: %s", log);
 }
@@ -146,13 +148,14 @@ static int run_m4(const int fd[3], int *status, struct mk_err *err)
     rc = posix_spawnp(&pid, m4, &actions, NULL, argv, envp);
     posix_spawn_file_actions_destroy(&actions);
     if (rc)
-        return gen_fail(err, MK_ETOOL, "%s: %s; GNU m4 is needed to generate a kernel (apt-get install m4)",
-                        m4, strerror(rc));
+        return gen_fail(err, MK_ETOOL,
+                        "%s: %s; GNU m4 is needed to generate a kernel (apt-get install m4)", m4,
+                        strerror(rc));
     while ((rc = waitpid(pid, status, 0)) < 0 && errno == EINTR)
         ;
     if (rc < 0 && errno != ECHILD)
         return gen_fail(err, MK_ETOOL, "%s: waitpid: %s", m4, strerror(errno));
-    if (rc < 0)     /* m4 has ended, but this program lets others or no one take its status */
+    if (rc < 0) /* m4 has ended, but this program lets others or no one take its status */
         *status = 0;
     if (!WIFEXITED(*status))
         return gen_fail(err, MK_ECOMPILE, "%s was killed by signal %d", m4, WTERMSIG(*status));
@@ -163,10 +166,10 @@ static int run_m4(const int fd[3], int *status, struct mk_err *err)
 static char *slurp(int fd, size_t *bytes)
 {
     off_t size = lseek(fd, 0, SEEK_END), done = 0;
-    char *text = size < 0 ? NULL : malloc((size_t)size + 1);
+    char *text = size < 0 ? NULL : malloc((size_t) size + 1);
 
     while (text && done < size) {
-        ssize_t n = pread(fd, text + done, (size_t)(size - done), done);
+        ssize_t n = pread(fd, text + done, (size_t) (size - done), done);
         if (n <= 0) {
             free(text);
             return NULL;
@@ -175,7 +178,7 @@ static char *slurp(int fd, size_t *bytes)
     }
     if (text) {
         text[size] = 0;
-        *bytes = (size_t)size;
+        *bytes = (size_t) size;
     }
     return text;
 }
@@ -186,7 +189,7 @@ static char *slurp(int fd, size_t *bytes)
 static void tidy(char *text)
 {
     char *to = text;
-    int newlines = 2;       /* none at the start */
+    int newlines = 2; /* none at the start */
 
     for (const char *c = text; *c; c++) {
         if (*c == '\n') {
@@ -222,21 +225,22 @@ static int check_output(const char *text, struct mk_err *err)
 
     if (!strstr(text, "mk_decode(") || !strstr(text, "mk_prefill(") || !strstr(text, "mk_pack("))
         return gen_fail(err, MK_ECOMPILE, "%s: its output is not the kernel", m4_program());
-    for (const char *c = text; *c; ) {
+    for (const char *c = text; *c;) {
         size_t len = 0;
         if (c[0] == '/' && c[1] == '/' && (c == text || c[-1] == '\n')) {
-            c += strcspn(c, "\n");      /* a remark may have any name in it */
+            c += strcspn(c, "\n"); /* a remark may have any name in it */
             continue;
         }
-        while (isalnum((unsigned char)c[len]) || c[len] == '_')
+        while (isalnum((unsigned char) c[len]) || c[len] == '_')
             len++;
         if (is_leftover(c, len))
-            return gen_fail(err, MK_ECOMPILE, "kernel.cu:%d: the macro %.*s was not expanded", line, (int)len, c);
+            return gen_fail(err, MK_ECOMPILE, "kernel.cu:%d: the macro %.*s was not expanded", line,
+                            (int) len, c);
         if (*c == '\n')
             line++;
         else if (!len && (*c < ' ' || *c > '~'))
-            return gen_fail(err, MK_ECOMPILE, "kernel.cu:%d: a byte %d is not printable ASCII", line,
-                            (unsigned char)*c);
+            return gen_fail(err, MK_ECOMPILE, "kernel.cu:%d: a byte %d is not printable ASCII",
+                            line, (unsigned char) *c);
         c += len ? len : 1;
     }
     return 0;

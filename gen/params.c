@@ -16,7 +16,8 @@ static int layer_hops(const struct gen_plan *p)
 }
 
 static const char *const phase_names[GEN_PHASES] = {"QKV", "O", "MLP", "DOWN", "HEAD"};
-static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "SCALE", "ATTN", "O", "MLP", "DOWN", "BEST", "COUNT"};
+static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "SCALE", "ATTN", "O",
+                                                "MLP", "DOWN", "BEST",  "COUNT"};
 
 static void put_int(FILE *f, const char *name, long long value)
 {
@@ -27,8 +28,8 @@ static void put_float(FILE *f, const char *name, double value)
 {
     char text[40];
 
-    snprintf(text, sizeof text, "%.9g", (double)(float)value);
-    for (char *c = text; ; c++) {
+    snprintf(text, sizeof text, "%.9g", (double) (float) value);
+    for (char *c = text;; c++) {
         if (*c == '.' || *c == 'e')
             break;
         if (!*c) {
@@ -43,7 +44,7 @@ static void put_model(FILE *f, const struct gen_plan *p)
 {
     const struct gen_model *m = &p->model;
 
-    fprintf(f, "m4_define({|MODEL_NAME|}, {|{|%s|}|})m4_dnl\n", m->name);     /* text, never a macro */
+    fprintf(f, "m4_define({|MODEL_NAME|}, {|{|%s|}|})m4_dnl\n", m->name); /* text, never a macro */
     put_int(f, "MODEL_D", m->D);
     put_int(f, "MODEL_H", m->H);
     put_int(f, "MODEL_K", m->K);
@@ -131,17 +132,24 @@ static void put_layout(FILE *f, const struct gen_plan *p)
 /* Offsets of every layer: m4's own arithmetic has 32 bits. */
 static void put_layer(FILE *f, const struct gen_plan *p, int layer)
 {
-    const int64_t vec = (int64_t)layer * p->vec_layer;
-    const int64_t next = layer + 1 < p->model.L ? vec + p->vec_layer + p->vec_attn_norm : p->vec_norm;
+    const int64_t vec = (int64_t) layer * p->vec_layer;
+    const int64_t next =
+        layer + 1 < p->model.L ? vec + p->vec_layer + p->vec_attn_norm : p->vec_norm;
     char name[64];
 
     for (int i = 0; i < GEN_HEAD; i++) {
         snprintf(name, sizeof name, "PLAN_AT_%s_%d", phase_names[i], layer);
         put_int(f, name, layer * p->layer_bytes + p->phase[i].offset);
     }
-    const struct { const char *name; int64_t at; } vectors[] = {
-        {"START", vec}, {"ATTN_NORM", vec + p->vec_attn_norm}, {"MLP_NORM", vec + p->vec_mlp_norm},
-        {"BIAS", vec + p->vec_bias}, {"NEXT_NORM", next},
+    const struct {
+        const char *name;
+        int64_t at;
+    } vectors[] = {
+        {"START", vec},
+        {"ATTN_NORM", vec + p->vec_attn_norm},
+        {"MLP_NORM", vec + p->vec_mlp_norm},
+        {"BIAS", vec + p->vec_bias},
+        {"NEXT_NORM", next},
     };
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         snprintf(name, sizeof name, "PLAN_VEC_AT_%s_%d", vectors[i].name, layer);
@@ -152,23 +160,25 @@ static void put_layer(FILE *f, const struct gen_plan *p, int layer)
 }
 
 /* "u32 *" needs no blank before the name, "u32" one. */
-#define PRINT_FIELD(c, cu, name, remark)                                              \
+#define PRINT_FIELD(c, cu, name, remark)                                                           \
     fprintf(f, "    %s%s%s; // %s\n", #cu, #cu[sizeof #cu - 2] == '*' ? "" : " ", #name, remark);
-#define PRINT_CHECK(c, cu, name, remark)                                              \
-    fprintf(f, "static_assert(__INTADDR__(&((%s *)0)->" #name ") == %zu, \"layout\");\n",   \
-            type, offsetof(struct CHECKED, name));
+#define PRINT_CHECK(c, cu, name, remark)                                                           \
+    fprintf(f, "static_assert(__INTADDR__(&((%s *)0)->" #name ") == %zu, \"layout\");\n", type,    \
+            offsetof(struct CHECKED, name));
 
 static void put_abi(FILE *f)
 {
     const char *type = "mk_args";
 
-    fprintf(f, "m4_define({|ABI_STOPS|}, {|%d|})m4_dnl\nm4_define({|ABI_ARGS|}, {|m4_dnl\n", MK_STOPS);
+    fprintf(f, "m4_define({|ABI_STOPS|}, {|%d|})m4_dnl\nm4_define({|ABI_ARGS|}, {|m4_dnl\n",
+            MK_STOPS);
     MK_ARGS(PRINT_FIELD)
     fprintf(f, "m4_dnl\n|})m4_dnl\nm4_define({|ABI_ARGS_CHECKS|}, {|m4_dnl\n");
 #define CHECKED mk_args
     MK_ARGS(PRINT_CHECK)
 #undef CHECKED
-    fprintf(f, "static_assert(sizeof(mk_args) == %zu, \"layout\");\nm4_dnl\n|})m4_dnl\n", sizeof(struct mk_args));
+    fprintf(f, "static_assert(sizeof(mk_args) == %zu, \"layout\");\nm4_dnl\n|})m4_dnl\n",
+            sizeof(struct mk_args));
     fprintf(f, "m4_define({|ABI_PACK_ARGS|}, {|m4_dnl\n");
     MK_PACK_ARGS(PRINT_FIELD)
     fprintf(f, "m4_dnl\n|})m4_dnl\nm4_define({|ABI_PACK_ARGS_CHECKS|}, {|m4_dnl\n");
@@ -212,9 +222,11 @@ char *gen_plan_summary(const struct gen_plan *p)
         return NULL;
     fprintf(f, "%s: %d layers, hidden %d, %d heads over %d KV heads of %d, FFN %d, vocabulary %d\n",
             m->name, m->L, m->D, m->H, m->K, m->E, m->F, m->V);
-    fprintf(f, "%s (sm_%d): %d CTAs of %d warps, ring of %d x %d bytes, %d bytes of shared memory\n",
+    fprintf(f,
+            "%s (sm_%d): %d CTAs of %d warps, ring of %d x %d bytes, %d bytes of shared memory\n",
             p->gpu.name, p->gpu.arch, p->ctas, p->warps, p->stages, p->stage_bytes, p->smem_bytes);
-    fprintf(f, "a token: %.3f GB of weights, %d hops a layer, floor %.0f us = %.0f tok/s at %d GB/s\n",
+    fprintf(f,
+            "a token: %.3f GB of weights, %d hops a layer, floor %.0f us = %.0f tok/s at %d GB/s\n",
             p->token_bytes / 1e9, layer_hops(p), p->floor_us,
             p->floor_us > 0 ? 1e6 / p->floor_us : 0.0, p->gpu.mem_gbps);
     fprintf(f, "context %d: %.3f GB of KV cache\n", p->context, p->kv_bytes / 1e9);
@@ -228,35 +240,40 @@ char *gen_plan_summary(const struct gen_plan *p)
 static void dump_choices(FILE *f, const struct gen_plan *p)
 {
     fprintf(f, "[choices]\n");
-    fprintf(f, "ctas = %d\nwarps = %d\nchunk_bytes = %d\nstages = %d\ninflight = %d\ninflight_hop = %d\n",
-            p->ctas, p->warps, p->chunk_bytes, p->stages, p->inflight, p->inflight_hop);
+    fprintf(
+        f,
+        "ctas = %d\nwarps = %d\nchunk_bytes = %d\nstages = %d\ninflight = %d\ninflight_hop = %d\n",
+        p->ctas, p->warps, p->chunk_bytes, p->stages, p->inflight, p->inflight_hop);
     fprintf(f, "round_blocks = %d\nsplit_min = %d\nhead_group = %d\ntokens_per_launch = %d\n",
             p->round_blocks, p->split_min, p->head_group, p->tokens_per_launch);
     fprintf(f, "prefill_tokens = %d\ngemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n",
             p->prefill_tokens, p->gemm_m, p->gemm_n, p->gemm_k, p->gemm_stages);
-    fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\nfault = %s\n", p->flash_m, p->flash_n,
-            p->unroll_layers ? "loop" : "list", p->dtype == GEN_FP16 ? "fp16" : "bf16", p->fault ? "hang" : "none");
+    fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\nfault = %s\n",
+            p->flash_m, p->flash_n, p->unroll_layers ? "loop" : "list",
+            p->dtype == GEN_FP16 ? "fp16" : "bf16", p->fault ? "hang" : "none");
 }
 
 static void dump_tables(FILE *f, const struct gen_plan *p)
 {
-    fprintf(f, "\n[phases]\n%-6s %8s %8s %6s %7s %5s %6s %11s %11s\n", "", "rows", "columns", "units",
-            "blocks", "spans", "chunk", "blocks/CTA", "offset");
+    fprintf(f, "\n[phases]\n%-6s %8s %8s %6s %7s %5s %6s %11s %11s\n", "", "rows", "columns",
+            "units", "blocks", "spans", "chunk", "blocks/CTA", "offset");
     for (int i = 0; i < GEN_PHASES; i++) {
         const struct gen_phase *ph = &p->phase[i];
         fprintf(f, "%-6s %8d %8d %6d %7d %5d %6d %11d %11lld\n", phase_names[i], ph->rows, ph->cols,
                 ph->units, ph->blocks, ph->spans, ph->span_units * 512, ph->cta_blocks,
-                (long long)(i == GEN_HEAD ? p->head_offset : ph->offset));
+                (long long) (i == GEN_HEAD ? p->head_offset : ph->offset));
     }
     fprintf(f, "\n[hops]\n%-6s %8s %8s\n", "", "word", "words");
     for (int i = 0; i < GEN_HOPS; i++)
         fprintf(f, "%-6s %8d %8d\n", hop_names[i], p->hop_offset[i], p->hop_words[i]);
     fprintf(f, "\n[memory]\nstreams = %lld (%d x %lld)\nembedding = %lld\nKV cache = %lld\n",
-            (long long)p->stream_bytes, p->ctas, (long long)p->cta_bytes, (long long)p->embed_bytes,
-            (long long)p->kv_bytes);
-    fprintf(f, "prefill scratch = %lld\nshared, decode = %d (ring %d x %d, scratch %d)\nshared, prefill = %d\n",
-            (long long)p->pf_bytes, p->smem_bytes, p->stages, p->stage_bytes, p->scratch_bytes,
-            p->prefill_smem_bytes);
+            (long long) p->stream_bytes, p->ctas, (long long) p->cta_bytes,
+            (long long) p->embed_bytes, (long long) p->kv_bytes);
+    fprintf(
+        f,
+        "prefill scratch = %lld\nshared, decode = %d (ring %d x %d, scratch %d)\nshared, prefill = %d\n",
+        (long long) p->pf_bytes, p->smem_bytes, p->stages, p->stage_bytes, p->scratch_bytes,
+        p->prefill_smem_bytes);
 }
 
 char *gen_plan_dump(const struct gen_plan *p)

@@ -20,14 +20,14 @@ struct rt_engine {
     struct rt_engine_options options;
     struct rt_device *device;
     struct gen_gpu gpu;
-    struct rt_packed packed;    /* .stream 0: not loaded yet */
+    struct rt_packed packed; /* .stream 0: not loaded yet */
     double load_s;
 };
 
 /* What host and device share, page-locked. */
 struct mapped {
-    uint64_t *ring;             /* [tokens_per_launch] */
-    uint32_t *fault;            /* [MK_FAULT_WORDS] */
+    uint64_t *ring;  /* [tokens_per_launch] */
+    uint32_t *fault; /* [MK_FAULT_WORDS] */
     volatile uint32_t *cancel;
 };
 
@@ -36,16 +36,16 @@ struct rt_session {
     struct gen_plan plan;
     rt_module module;
     rt_func decode, prefill;
-    rt_event launched;          /* recorded behind every decode launch: sessions share a stream */
+    rt_event launched; /* recorded behind every decode launch: sessions share a stream */
     int kernel_from;
     double kernel_s;
     rt_ptr kv, rope, exchange, logits, tokens, scratch, barrier;
-    void *host;                 /* the mapped memory */
+    void *host; /* the mapped memory */
     rt_ptr host_device;
     struct mapped mapped;
     uint32_t launch;
     uint32_t epoch;
-    int dead;                   /* the GPU failed: nothing works any more */
+    int dead; /* the GPU failed: nothing works any more */
 };
 
 static double now_s(void)
@@ -53,13 +53,14 @@ static double now_s(void)
     struct timespec t;
 
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
 }
 
 /* ---- Engine -------------------------------------------------------------- */
 
-int rt_engine_open(const struct gen_model *m, const struct rt_weights *w, const struct rt_engine_options *options,
-                   struct rt_engine **out, struct mk_err *err)
+int rt_engine_open(const struct gen_model *m, const struct rt_weights *w,
+                   const struct rt_engine_options *options, struct rt_engine **out,
+                   struct mk_err *err)
 {
     struct rt_engine *e = calloc(1, sizeof *e);
     int rc;
@@ -115,8 +116,8 @@ static int get_kernel(struct rt_session *s, struct mk_err *err)
     rc = rt_key_make(&s->plan, s->plan.gpu.arch, &key, err);
     if (rc)
         return rc;
-    rc = rt_kernel_get(&key, e->options.cubin_path, e->options.progress, e->options.warn, e->options.user,
-                       &kernel, err);
+    rc = rt_kernel_get(&key, e->options.cubin_path, e->options.progress, e->options.warn,
+                       e->options.user, &kernel, err);
     rt_key_free(&key);
     if (rc)
         return rc;
@@ -125,7 +126,8 @@ static int get_kernel(struct rt_session *s, struct mk_err *err)
     if (rc == 0)
         rc = rt_module_func(e->device, s->module, "mk_decode", s->plan.smem_bytes, &s->decode, err);
     if (rc == 0)
-        rc = rt_module_func(e->device, s->module, "mk_prefill", s->plan.prefill_smem_bytes, &s->prefill, err);
+        rc = rt_module_func(e->device, s->module, "mk_prefill", s->plan.prefill_smem_bytes,
+                            &s->prefill, err);
     rt_kernel_free(kernel);
     s->kernel_s = now_s() - start;
     return rc;
@@ -135,8 +137,8 @@ static int load_weights(struct rt_session *s, struct mk_err *err)
 {
     struct rt_engine *e = s->engine;
     const double start = now_s();
-    const struct rt_pack_job job = {e->device, s->module, &s->plan, e->weights,
-                                    e->options.progress, e->options.user};
+    const struct rt_pack_job job = {e->device,  s->module,           &s->plan,
+                                    e->weights, e->options.progress, e->options.user};
     int rc;
 
     if (e->packed.stream)
@@ -149,8 +151,8 @@ static int load_weights(struct rt_session *s, struct mk_err *err)
 /* Bytes of device memory that this session takes for itself. */
 static int64_t session_bytes(const struct gen_plan *p)
 {
-    return p->kv_bytes + (int64_t)p->context * p->model.E * 4 + (int64_t)p->exchange_words * 16
-         + (int64_t)p->tokens_per_launch * p->model.V * 4 + p->pf_bytes + (1 << 20);
+    return p->kv_bytes + (int64_t) p->context * p->model.E * 4 + (int64_t) p->exchange_words * 16 +
+           (int64_t) p->tokens_per_launch * p->model.V * 4 + p->pf_bytes + (1 << 20);
 }
 
 /* Refuse early, with what would fit. */
@@ -159,21 +161,25 @@ static int check_memory(struct rt_session *s, struct mk_err *err)
     const struct gen_plan *p = &s->plan;
     const int64_t weights = s->engine->packed.stream ? 0 : rt_packed_bytes(p);
     const int64_t need = weights + session_bytes(p);
-    const int64_t fixed = need - p->kv_bytes - (int64_t)p->context * p->model.E * 4;
+    const int64_t fixed = need - p->kv_bytes - (int64_t) p->context * p->model.E * 4;
     const int64_t row = p->kv_bytes / p->context + p->model.E * 4;
     size_t free_bytes, total;
     int64_t fit;
 
     rt_device_memory(s->engine->device, &free_bytes, &total);
-    if ((int64_t)free_bytes >= need)
+    if ((int64_t) free_bytes >= need)
         return 0;
-    fit = ((int64_t)free_bytes - fixed) / row;
+    fit = ((int64_t) free_bytes - fixed) / row;
     if (fit < 1)
-        return gen_fail(err, MK_ENOMEM, "%s needs %.2f GB of device memory without a KV cache; %s has %.2f GB free",
-                        p->model.name, (double)fixed / 1e9, rt_device_name(s->engine->device), (double)free_bytes / 1e9);
-    return gen_fail(err, MK_ENOMEM, "%s with a context of %d needs %.2f GB of device memory; %s has %.2f GB free, "
-                    "enough for a context of %lld", p->model.name, p->context, (double)need / 1e9,
-                    rt_device_name(s->engine->device), (double)free_bytes / 1e9, (long long)fit);
+        return gen_fail(err, MK_ENOMEM,
+                        "%s needs %.2f GB of device memory without a KV cache; %s has %.2f GB free",
+                        p->model.name, (double) fixed / 1e9, rt_device_name(s->engine->device),
+                        (double) free_bytes / 1e9);
+    return gen_fail(err, MK_ENOMEM,
+                    "%s with a context of %d needs %.2f GB of device memory; %s has %.2f GB free, "
+                    "enough for a context of %lld",
+                    p->model.name, p->context, (double) need / 1e9,
+                    rt_device_name(s->engine->device), (double) free_bytes / 1e9, (long long) fit);
 }
 
 /* cos and sin of every position, as Hugging Face computes them: the angle in float. */
@@ -181,7 +187,7 @@ static int make_rope(struct rt_session *s, struct mk_err *err)
 {
     const struct gen_plan *p = &s->plan;
     const int half = p->model.E / 2;
-    const size_t bytes = (size_t)p->context * (size_t)half * 2 * sizeof(float);
+    const size_t bytes = (size_t) p->context * (size_t) half * 2 * sizeof(float);
     float *table = malloc(bytes);
     int rc;
 
@@ -190,9 +196,9 @@ static int make_rope(struct rt_session *s, struct mk_err *err)
     for (int i = 0; i < half; i++) {
         const float freq = gen_model_inv_freq(&p->model, i);
         for (int pos = 0; pos < p->context; pos++) {
-            const float angle = (float)pos * freq;
-            table[((size_t)pos * (size_t)half + (size_t)i) * 2] = cosf(angle);
-            table[((size_t)pos * (size_t)half + (size_t)i) * 2 + 1] = sinf(angle);
+            const float angle = (float) pos * freq;
+            table[((size_t) pos * (size_t) half + (size_t) i) * 2] = cosf(angle);
+            table[((size_t) pos * (size_t) half + (size_t) i) * 2 + 1] = sinf(angle);
         }
     }
     rc = rt_device_put(s->engine->device, s->rope, table, bytes, err);
@@ -204,15 +210,15 @@ static int make_rope(struct rt_session *s, struct mk_err *err)
 
 static int make_mapped(struct rt_session *s, struct mk_err *err)
 {
-    const size_t ring = (size_t)s->plan.tokens_per_launch * 8;
+    const size_t ring = (size_t) s->plan.tokens_per_launch * 8;
     int rc = rt_device_alloc_host(s->engine->device, ring + 128, &s->host, &s->host_device, err);
 
     if (rc)
         return rc;
     memset(s->host, 0, ring + 128);
     s->mapped.ring = s->host;
-    s->mapped.fault = (uint32_t *)((char *)s->host + ring);
-    s->mapped.cancel = (volatile uint32_t *)((char *)s->host + ring + 64);
+    s->mapped.fault = (uint32_t *) ((char *) s->host + ring);
+    s->mapped.cancel = (volatile uint32_t *) ((char *) s->host + ring + 64);
     return 0;
 }
 
@@ -220,12 +226,21 @@ static int make_buffers(struct rt_session *s, struct mk_err *err)
 {
     const struct gen_plan *p = &s->plan;
     struct rt_device *d = s->engine->device;
-    const size_t exchange = (size_t)p->exchange_words * 16;
-    const size_t tokens = (size_t)(p->prefill_tokens > p->tokens_per_launch ? p->prefill_tokens : p->tokens_per_launch);
-    const struct { rt_ptr *to; size_t bytes; } buffers[] = {
-        {&s->kv, (size_t)p->kv_bytes}, {&s->rope, (size_t)p->context * (size_t)p->model.E * 4},
-        {&s->exchange, exchange}, {&s->logits, (size_t)p->tokens_per_launch * (size_t)p->model.V * 4},
-        {&s->tokens, tokens * 4}, {&s->scratch, (size_t)p->pf_bytes}, {&s->barrier, 128},
+    const size_t exchange = (size_t) p->exchange_words * 16;
+    const size_t tokens =
+        (size_t) (p->prefill_tokens > p->tokens_per_launch ? p->prefill_tokens
+                                                           : p->tokens_per_launch);
+    const struct {
+        rt_ptr *to;
+        size_t bytes;
+    } buffers[] = {
+        {&s->kv, (size_t) p->kv_bytes},
+        {&s->rope, (size_t) p->context * (size_t) p->model.E * 4},
+        {&s->exchange, exchange},
+        {&s->logits, (size_t) p->tokens_per_launch * (size_t) p->model.V * 4},
+        {&s->tokens, tokens * 4},
+        {&s->scratch, (size_t) p->pf_bytes},
+        {&s->barrier, 128},
     };
     int rc = 0;
 
@@ -249,7 +264,8 @@ int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, s
     if (!s)
         return gen_fail(err, MK_ENOMEM, "no memory for a session");
     s->engine = e;
-    rc = gen_plan_make(e->model, &e->gpu, context, e->options.plan_file, e->options.set, &s->plan, err);
+    rc = gen_plan_make(e->model, &e->gpu, context, e->options.plan_file, e->options.set, &s->plan,
+                       err);
     s->epoch = s->plan.epoch0;
     if (rc == 0)
         rc = check_memory(s, err);
@@ -319,7 +335,8 @@ int rt_session_cancelled(struct rt_session *s)
 /* The address at which the device sees WHERE in the mapped memory. */
 static uint64_t on_device(const struct rt_session *s, const volatile void *where)
 {
-    return s->host_device + (uint64_t)((const volatile char *)where - (const volatile char *)s->host);
+    return s->host_device +
+           (uint64_t) ((const volatile char *) where - (const volatile char *) s->host);
 }
 
 static void common_args(const struct rt_session *s, struct mk_args *a)
@@ -343,8 +360,17 @@ static void common_args(const struct rt_session *s, struct mk_args *a)
 static int device_failed(struct rt_session *s, int rc, struct mk_err *err)
 {
     static const char *const stages[] = {
-        "?", "the weight ring", "hop QKV", "hop PART", "hop ATTN", "hop O", "hop MLP", "hop DOWN",
-        "hop BEST", "hop COUNT", "the grid barrier of prefill",
+        "?",
+        "the weight ring",
+        "hop QKV",
+        "hop PART",
+        "hop ATTN",
+        "hop O",
+        "hop MLP",
+        "hop DOWN",
+        "hop BEST",
+        "hop COUNT",
+        "the grid barrier of prefill",
     };
     const volatile uint32_t *fault = s->mapped.fault;
     const uint32_t stage = fault[MK_FAULT_STAGE];
@@ -352,7 +378,8 @@ static int device_failed(struct rt_session *s, int rc, struct mk_err *err)
     s->dead = 1;
     if (!fault[MK_FAULT_CODE])
         return rc;
-    return gen_fail(err, MK_EDEVICE, "the kernel of %s made no progress: CTA %u waits at %s for %u and sees %u",
+    return gen_fail(err, MK_EDEVICE,
+                    "the kernel of %s made no progress: CTA %u waits at %s for %u and sees %u",
                     s->plan.model.name, fault[MK_FAULT_CTA],
                     stages[stage < sizeof stages / sizeof *stages ? stage : 0],
                     fault[MK_FAULT_EXPECTED], fault[MK_FAULT_SEEN]);
@@ -363,14 +390,16 @@ static int dead(struct mk_err *err)
     return gen_fail(err, MK_EDEVICE, "the GPU failed in an earlier call; close the model");
 }
 
-static int launch(struct rt_session *s, rt_func f, int block, int smem, struct mk_args *a, struct mk_err *err)
+static int launch(struct rt_session *s, rt_func f, int block, int smem, struct mk_args *a,
+                  struct mk_err *err)
 {
     void *params[] = {a};
 
     return rt_launch(s->engine->device, f, s->plan.ctas, block, smem, 1, params, err);
 }
 
-int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int pos, int *done, struct mk_err *err)
+int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int pos, int *done,
+                       struct mk_err *err)
 {
     struct rt_device *d = s->engine->device;
     struct mk_args a;
@@ -387,7 +416,7 @@ int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int p
             return gen_fail(err, MK_ECANCELED, "canceled");
         a.pos = pos + *done;
         a.n = chunk;
-        rc = rt_device_put(d, s->tokens, tokens + *done, (size_t)chunk * 4, err);
+        rc = rt_device_put(d, s->tokens, tokens + *done, (size_t) chunk * 4, err);
         if (rc == 0)
             rc = rt_device_set(d, s->barrier, 0, 4, err);
         if (rc == 0)
@@ -398,7 +427,7 @@ int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int p
             return rc;
         *done += chunk;
         if (s->engine->options.progress)
-            s->engine->options.progress(s->engine->options.user, "prefill", (double)*done / n);
+            s->engine->options.progress(s->engine->options.user, "prefill", (double) *done / n);
     }
     return rc;
 }
@@ -406,11 +435,12 @@ int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int p
 /* Tags of N tokens; the first tag of the launch in *EPOCH. */
 static int take_epochs(struct rt_session *s, int n, uint32_t *epoch, struct mk_err *err)
 {
-    const uint32_t tags = (uint32_t)n * MK_TOKEN_TAGS((uint32_t)s->plan.model.L);
+    const uint32_t tags = (uint32_t) n * MK_TOKEN_TAGS((uint32_t) s->plan.model.L);
     int rc = 0;
 
-    if (s->epoch + tags > 0x80000000u) {    /* long before they wrap: start over from clean buffers */
-        rc = rt_device_set(s->engine->device, s->exchange, 0, (size_t)s->plan.exchange_words * 16, err);
+    if (s->epoch + tags > 0x80000000u) { /* long before they wrap: start over from clean buffers */
+        rc = rt_device_set(s->engine->device, s->exchange, 0, (size_t) s->plan.exchange_words * 16,
+                           err);
         s->epoch = 1;
     }
     *epoch = s->epoch;
@@ -424,10 +454,10 @@ static int await_token(struct rt_session *s, int i, int32_t *token, struct mk_er
     const volatile uint64_t *slot = s->mapped.ring + i;
     int ended = 0;
 
-    for (unsigned polls = 1; ; polls++) {
+    for (unsigned polls = 1;; polls++) {
         const uint64_t v = *slot;
         if (v >> 32 == s->launch) {
-            *token = (int32_t)(uint32_t)v;
+            *token = (int32_t) (uint32_t) v;
             return 1;
         }
         if (ended)
@@ -451,8 +481,8 @@ static int is_stop(const struct rt_decode *job, int32_t token)
 
 /* One launch of up to N tokens; *GOT tokens were told of; *STOP: the run is over, 1 by an end token,
    2 by token_fn, 3 by a cancel. */
-static int decode_launch(struct rt_session *s, const struct rt_decode *job, struct mk_args *a, int *got, int *stop,
-                         int32_t *last, struct mk_err *err)
+static int decode_launch(struct rt_session *s, const struct rt_decode *job, struct mk_args *a,
+                         int *got, int *stop, int32_t *last, struct mk_err *err)
 {
     struct rt_device *d = s->engine->device;
     int rc, more = 0;
@@ -461,7 +491,7 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
     a->launch = ++s->launch;
     rc = take_epochs(s, a->n, &a->epoch, err);
     if (rc == 0 && job->forced)
-        rc = rt_device_put(d, s->tokens, job->forced, (size_t)a->n * 4, err);
+        rc = rt_device_put(d, s->tokens, job->forced, (size_t) a->n * 4, err);
     if (rc == 0)
         rc = launch(s, s->decode, s->plan.warps * 32 + 32, s->plan.smem_bytes, a, err);
     if (rc == 0)
@@ -473,21 +503,22 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
         if (is_stop(job, *last))
             *stop = 1;
         if (job->token_fn && job->token_fn(job->user, *last)) {
-            *s->mapped.cancel = 1;      /* the launch ends soon; what it makes on top is dropped */
+            *s->mapped.cancel = 1; /* the launch ends soon; what it makes on top is dropped */
             *stop = 2;
         }
     }
     if (more < 0)
         return more;
     if (!*stop && !more)
-        *stop = 3;                      /* the cancel word */
+        *stop = 3; /* the cancel word */
     rc = rt_device_sync(d, err);
     if (*stop == 2)
         *s->mapped.cancel = 0;
     return rc ? device_failed(s, rc, err) : 0;
 }
 
-int rt_session_decode(struct rt_session *s, const struct rt_decode *job, int *done, struct mk_err *err)
+int rt_session_decode(struct rt_session *s, const struct rt_decode *job, int *done,
+                      struct mk_err *err)
 {
     const int V = s->plan.model.V;
     struct rt_decode part = *job;
@@ -505,20 +536,21 @@ int rt_session_decode(struct rt_session *s, const struct rt_decode *job, int *do
     a.seed = job->seed;
     a.n_stop = job->n_stop;
     a.tokens = job->forced ? s->tokens : 0;
-    a.logits_stride = job->logits ? (uint64_t)V : 0;
+    a.logits_stride = job->logits ? (uint64_t) V : 0;
     if (job->n_stop)
-        memcpy(a.stop, job->stop, (size_t)job->n_stop * sizeof *job->stop);
+        memcpy(a.stop, job->stop, (size_t) job->n_stop * sizeof *job->stop);
     while (rc == 0 && *done < job->n && !stop) {
         if (*s->mapped.cancel)
             return gen_fail(err, MK_ECANCELED, "canceled");
         a.token = job->forced ? job->forced[*done] : last;
         a.pos = job->pos + *done;
-        a.n = job->n - *done < s->plan.tokens_per_launch ? job->n - *done : s->plan.tokens_per_launch;
+        a.n =
+            job->n - *done < s->plan.tokens_per_launch ? job->n - *done : s->plan.tokens_per_launch;
         part.forced = job->forced ? job->forced + *done : NULL;
         rc = decode_launch(s, &part, &a, &got, &stop, &last, err);
         if (rc == 0 && job->logits && got)
-            rc = rt_device_get(s->engine->device, job->logits + (size_t)*done * (size_t)V, s->logits,
-                               (size_t)got * (size_t)V * 4, err);
+            rc = rt_device_get(s->engine->device, job->logits + (size_t) *done * (size_t) V,
+                               s->logits, (size_t) got * (size_t) V * 4, err);
         if (rc == 0 && job->logits)
             rc = rt_device_sync(s->engine->device, err);
         *done += got;
@@ -534,23 +566,23 @@ static rt_ptr kv_row(const struct rt_session *s, int layer, int head, int which,
 {
     const struct gen_plan *p = &s->plan;
 
-    return s->kv + 2 * (uint64_t)(layer * p->kv_layer + head * p->kv_head + which * (p->kv_head / 2)
-                                  + (int64_t)pos * p->model.E);
+    return s->kv + 2 * (uint64_t) (layer * p->kv_layer + head * p->kv_head +
+                                   which * (p->kv_head / 2) + (int64_t) pos * p->model.E);
 }
 
-int rt_session_kv_get(struct rt_session *s, int layer, int head, int which, int pos, int n, uint16_t *rows,
-                      struct mk_err *err)
+int rt_session_kv_get(struct rt_session *s, int layer, int head, int which, int pos, int n,
+                      uint16_t *rows, struct mk_err *err)
 {
-    const size_t bytes = (size_t)n * (size_t)s->plan.model.E * 2;
+    const size_t bytes = (size_t) n * (size_t) s->plan.model.E * 2;
     int rc = rt_device_get(s->engine->device, rows, kv_row(s, layer, head, which, pos), bytes, err);
 
     return rc ? rc : rt_device_sync(s->engine->device, err);
 }
 
-int rt_session_kv_put(struct rt_session *s, int layer, int head, int which, int pos, int n, const uint16_t *rows,
-                      struct mk_err *err)
+int rt_session_kv_put(struct rt_session *s, int layer, int head, int which, int pos, int n,
+                      const uint16_t *rows, struct mk_err *err)
 {
-    const size_t bytes = (size_t)n * (size_t)s->plan.model.E * 2;
+    const size_t bytes = (size_t) n * (size_t) s->plan.model.E * 2;
     int rc = rt_device_put(s->engine->device, kv_row(s, layer, head, which, pos), rows, bytes, err);
 
     return rc ? rc : rt_device_sync(s->engine->device, err);

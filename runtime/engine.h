@@ -6,22 +6,23 @@
 #include "runtime/device.h"
 #include "runtime/weights.h"
 
-struct rt_engine;       /* a model and its packed weights on one device */
-struct rt_session;      /* a kernel for one context length, and one KV cache */
+struct rt_engine;  /* a model and its packed weights on one device */
+struct rt_session; /* a kernel for one context length, and one KV cache */
 
 struct rt_engine_options {
-    const char *cubin_path;     /* as in mk_options, as the next two */
+    const char *cubin_path; /* as in mk_options, as the next two */
     const char *plan_file;
     const char *const *set;
-    mk_progress_fn *progress;   /* or NULL */
-    mk_warn_fn *warn;           /* or NULL */
+    mk_progress_fn *progress; /* or NULL */
+    mk_warn_fn *warn;         /* or NULL */
     void *user;
 };
 
 /* Open GPU 0 for model M with weights W; all three pointers must outlive the engine.  No device
    memory is taken yet.  Returns 0, MK_ENOGPU, MK_EDEVICE, MK_ENOMEM. */
-int rt_engine_open(const struct gen_model *m, const struct rt_weights *w, const struct rt_engine_options *options,
-                   struct rt_engine **out, struct mk_err *err);
+int rt_engine_open(const struct gen_model *m, const struct rt_weights *w,
+                   const struct rt_engine_options *options, struct rt_engine **out,
+                   struct mk_err *err);
 void rt_engine_close(struct rt_engine *e);
 struct rt_device *rt_engine_device(const struct rt_engine *e);
 
@@ -34,7 +35,7 @@ int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, s
 void rt_session_free(struct rt_session *s);
 
 const struct gen_plan *rt_session_plan(const struct rt_session *s);
-int rt_session_kernel_from(const struct rt_session *s);     /* RT_FROM_... of cache.h */
+int rt_session_kernel_from(const struct rt_session *s); /* RT_FROM_... of cache.h */
 double rt_session_kernel_s(const struct rt_session *s);
 
 /* Stop the running or the next call soon; any thread, or a signal handler. */
@@ -44,32 +45,34 @@ int rt_session_cancelled(struct rt_session *s);
 
 /* Compute TOKENS[n] at positions pos .. pos+n-1 into the KV cache; the rows before pos are there.
    *DONE: tokens computed, also on failure.  Returns 0, MK_ECANCELED (between chunks), MK_EDEVICE. */
-int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int pos, int *done, struct mk_err *err);
+int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int pos, int *done,
+                       struct mk_err *err);
 
 struct rt_decode {
-    int32_t token;              /* first input token, at position POS */
+    int32_t token; /* first input token, at position POS */
     int pos;
-    int n;                      /* tokens to run at most; pos + n <= context */
-    float temperature;          /* 0: greedy */
+    int n;             /* tokens to run at most; pos + n <= context */
+    float temperature; /* 0: greedy */
     int top_k;
     float top_p;
     uint64_t seed;
-    const int32_t *stop;        /* [n_stop] ids that end the run; n_stop <= MK_STOPS */
+    const int32_t *stop; /* [n_stop] ids that end the run; n_stop <= MK_STOPS */
     int n_stop;
-    const int32_t *forced;      /* [n] input tokens, or NULL: the token chosen is the next input */
-    float *logits;              /* [n][V] float, host; NULL: not wanted */
-    int (*token_fn)(void *user, int32_t token);     /* told of each token; not 0: stop after it */
+    const int32_t *forced; /* [n] input tokens, or NULL: the token chosen is the next input */
+    float *logits;         /* [n][V] float, host; NULL: not wanted */
+    int (*token_fn)(void *user, int32_t token); /* told of each token; not 0: stop after it */
     void *user;
 };
 
 /* Decode in launches of up to tokens_per_launch.  *DONE: tokens that token_fn was told of, also on
    failure.  Returns 0, MK_ECANCELED, MK_EDEVICE (err->text says what a stuck kernel waits for). */
-int rt_session_decode(struct rt_session *s, const struct rt_decode *job, int *done, struct mk_err *err);
+int rt_session_decode(struct rt_session *s, const struct rt_decode *job, int *done,
+                      struct mk_err *err);
 
 /* Copy KV rows: positions pos .. pos+n-1 of LAYER and HEAD, keys (which 0) or values (1), [n][E]
    16-bit words of the resident type, host.  For checks. */
-int rt_session_kv_get(struct rt_session *s, int layer, int head, int which, int pos, int n, uint16_t *rows,
-                      struct mk_err *err);
-int rt_session_kv_put(struct rt_session *s, int layer, int head, int which, int pos, int n, const uint16_t *rows,
-                      struct mk_err *err);
+int rt_session_kv_get(struct rt_session *s, int layer, int head, int which, int pos, int n,
+                      uint16_t *rows, struct mk_err *err);
+int rt_session_kv_put(struct rt_session *s, int layer, int head, int which, int pos, int n,
+                      const uint16_t *rows, struct mk_err *err);
 #endif

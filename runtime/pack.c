@@ -21,14 +21,14 @@ struct packer {
     rt_func pack;
     void *host[2];
     rt_ptr device[2];
-    rt_event used[2];           /* buffer i may be filled again */
+    rt_event used[2]; /* buffer i may be filled again */
     int turn;
-    int64_t done, total;        /* elements of matrices, and of the norms as a lump, for progress */
+    int64_t done, total; /* elements of matrices, and of the norms as a lump, for progress */
 };
 
 int64_t rt_packed_bytes(const struct gen_plan *p)
 {
-    return p->stream_bytes + p->embed_bytes + p->vec_floats * 4 + 2 * (int64_t)BUFFER_BYTES;
+    return p->stream_bytes + p->embed_bytes + p->vec_floats * 4 + 2 * (int64_t) BUFFER_BYTES;
 }
 
 void rt_packed_free(struct rt_device *d, struct rt_packed *p)
@@ -48,27 +48,29 @@ static void tell(struct packer *k, int64_t elements)
 {
     k->done += elements;
     if (k->job->progress)
-        k->job->progress(k->job->user, "load", (double)k->done / (double)k->total);
+        k->job->progress(k->job->user, "load", (double) k->done / (double) k->total);
 }
 
 static int launch_pack(struct packer *k, struct mk_pack_args *a, struct mk_err *err)
 {
     void *params[] = {a};
 
-    return rt_launch(k->job->device, k->pack, k->job->plan->gpu.sms * 4, PACK_THREADS, 0, 0, params, err);
+    return rt_launch(k->job->device, k->pack, k->job->plan->gpu.sms * 4, PACK_THREADS, 0, 0, params,
+                     err);
 }
 
 /* Rows ROW0 .. ROW0+ROWS-1 through the buffer whose turn it is. */
-static int pack_rows(struct packer *k, struct mk_pack_args *a, const char *data, size_t row_bytes, struct mk_err *err)
+static int pack_rows(struct packer *k, struct mk_pack_args *a, const char *data, size_t row_bytes,
+                     struct mk_err *err)
 {
     struct rt_device *d = k->job->device;
-    const size_t bytes = row_bytes * (size_t)a->rows;
+    const size_t bytes = row_bytes * (size_t) a->rows;
     const int i = k->turn;
     float ms;
     int rc;
 
     k->turn ^= 1;
-    rc = rt_event_ms(d, k->used[i], k->used[i], &ms, err);     /* waits */
+    rc = rt_event_ms(d, k->used[i], k->used[i], &ms, err); /* waits */
     if (rc)
         return rc;
     memcpy(k->host[i], data, bytes);
@@ -78,17 +80,18 @@ static int pack_rows(struct packer *k, struct mk_pack_args *a, const char *data,
         rc = launch_pack(k, a, err);
     if (rc == 0)
         rc = rt_event_record(d, k->used[i], err);
-    tell(k, (int64_t)a->rows * a->cols);
+    tell(k, (int64_t) a->rows * a->cols);
     return rc;
 }
 
 static uint64_t made_key(uint64_t seed, int tensor, int layer)
 {
-    return seed + 0x9E3779B97F4A7C15u * (uint64_t)(tensor * 4096 + layer + 1);
+    return seed + 0x9E3779B97F4A7C15u * (uint64_t) (tensor * 4096 + layer + 1);
 }
 
 /* One matrix of LAYER; PLAIN not 0: row-major to there instead of into the streams. */
-static int pack_matrix(struct packer *k, const struct place *to, int layer, rt_ptr plain, struct mk_err *err)
+static int pack_matrix(struct packer *k, const struct place *to, int layer, rt_ptr plain,
+                       struct mk_err *err)
 {
     struct mk_pack_args a;
     int rows, cols, dtype = 0, rc = 0, step;
@@ -112,8 +115,8 @@ static int pack_matrix(struct packer *k, const struct place *to, int layer, rt_p
     }
     data = rt_weights_data(k->job->weights, to->tensor, layer, &dtype);
     a.dtype = dtype;
-    row_bytes = (size_t)cols * element_bytes(dtype);
-    step = (int)(BUFFER_BYTES / row_bytes / 8 * 8);
+    row_bytes = (size_t) cols * element_bytes(dtype);
+    step = (int) (BUFFER_BYTES / row_bytes / 8 * 8);
     if (step < 8)
         return gen_fail(err, MK_EUNSUPPORTED, "%s: rows of %zu bytes are too long to pack",
                         k->job->plan->model.name, row_bytes);
@@ -122,7 +125,7 @@ static int pack_matrix(struct packer *k, const struct place *to, int layer, rt_p
         a.row0 = row;
         a.block0 = to->block0 + row / 8 * to->step;
         a.plain = plain;
-        rc = pack_rows(k, &a, data + (size_t)row * row_bytes, row_bytes, err);
+        rc = pack_rows(k, &a, data + (size_t) row * row_bytes, row_bytes, err);
     }
     return rc;
 }
@@ -132,8 +135,13 @@ static int pack_layer(struct packer *k, int layer, struct mk_err *err)
     const struct gen_model *m = &k->job->plan->model;
     const int head = m->E / 8;
     const struct place places[] = {
-        {RT_Q, GEN_QKV, 0, 1}, {RT_K, GEN_QKV, m->H * head, 1}, {RT_V, GEN_QKV, (m->H + m->K) * head, 1},
-        {RT_O, GEN_O, 0, 1}, {RT_GATE, GEN_MLP, 0, 2}, {RT_UP, GEN_MLP, 1, 2}, {RT_DOWN, GEN_DOWN, 0, 1},
+        {RT_Q, GEN_QKV, 0, 1},
+        {RT_K, GEN_QKV, m->H * head, 1},
+        {RT_V, GEN_QKV, (m->H + m->K) * head, 1},
+        {RT_O, GEN_O, 0, 1},
+        {RT_GATE, GEN_MLP, 0, 2},
+        {RT_UP, GEN_MLP, 1, 2},
+        {RT_DOWN, GEN_DOWN, 0, 1},
     };
     int rc = 0;
 
@@ -160,14 +168,14 @@ static int pack_vectors(struct packer *k, struct mk_err *err)
 {
     const struct gen_plan *p = k->job->plan;
     const struct gen_model *m = &p->model;
-    const size_t bytes = (size_t)p->vec_floats * sizeof(float);
+    const size_t bytes = (size_t) p->vec_floats * sizeof(float);
     float *vec = calloc(1, bytes);
     int rc;
 
     if (!vec)
         return gen_fail(err, MK_ENOMEM, "no memory for the norms of %s", m->name);
     for (int i = 0; i < m->L; i++) {
-        float *v = vec + (size_t)i * (size_t)p->vec_layer;
+        float *v = vec + (size_t) i * (size_t) p->vec_layer;
         get_vector(k, RT_ATTN_NORM, i, v + p->vec_attn_norm);
         get_vector(k, RT_MLP_NORM, i, v + p->vec_mlp_norm);
         get_vector(k, RT_Q_NORM, i, v + p->vec_q_norm);
@@ -187,7 +195,8 @@ static int pack_vectors(struct packer *k, struct mk_err *err)
 static int pack_all(struct packer *k, struct mk_err *err)
 {
     const struct gen_model *m = &k->job->plan->model;
-    const struct place head = {m->tied ? RT_EMBED : RT_HEAD, GEN_HEAD, 0, 1}, embed = {RT_EMBED, GEN_HEAD, 0, 1};
+    const struct place head = {m->tied ? RT_EMBED : RT_HEAD, GEN_HEAD, 0, 1},
+                       embed = {RT_EMBED, GEN_HEAD, 0, 1};
     int rc = pack_vectors(k, err);
 
     for (int i = 0; rc == 0 && i < m->L; i++)
@@ -207,7 +216,7 @@ static int packer_open(struct packer *k, struct mk_err *err)
 {
     const struct gen_plan *p = k->job->plan;
     struct rt_device *d = k->job->device;
-    rt_ptr mapped;              /* not needed: the copies are explicit */
+    rt_ptr mapped; /* not needed: the copies are explicit */
     int rc = rt_module_func(d, k->job->module, "mk_pack", 0, &k->pack, err);
 
     for (int i = 0; rc == 0 && i < 2; i++) {
@@ -220,11 +229,11 @@ static int packer_open(struct packer *k, struct mk_err *err)
             rc = rt_event_record(d, k->used[i], err);
     }
     if (rc == 0)
-        rc = rt_device_alloc(d, (size_t)p->stream_bytes, &k->out->stream, err);
+        rc = rt_device_alloc(d, (size_t) p->stream_bytes, &k->out->stream, err);
     if (rc == 0)
-        rc = rt_device_alloc(d, (size_t)p->vec_floats * 4, &k->out->vec, err);
+        rc = rt_device_alloc(d, (size_t) p->vec_floats * 4, &k->out->vec, err);
     if (rc == 0 && p->embed_bytes)
-        rc = rt_device_alloc(d, (size_t)p->embed_bytes, &k->out->embed, err);
+        rc = rt_device_alloc(d, (size_t) p->embed_bytes, &k->out->embed, err);
     return rc;
 }
 

@@ -77,7 +77,8 @@ t_if(MODEL_QK_NORM, {|    Head_values q_norm, k_norm;
 
     await_words<(HEAD_GROUP + 2) * HEAD_WORDS>(tag, AT_QKV, [&](int word) {
         const int i = word / HEAD_WORDS;
-        const int row = i < HEAD_GROUP ? q0 + min(i, queries - 1) : i == HEAD_GROUP ? H + head : H + K + head;
+        const int row = i < HEAD_GROUP ? q0 + min(i, queries - 1)
+                      : i == HEAD_GROUP ? H + head : H + K + head;
         return S->args.exchange + HOP_QKV + row * HEAD_WORDS + word % HEAD_WORDS;
     }, [&](int word, const Word &got) {
         float *to = raw + word / HEAD_WORDS * E + word_first(word % HEAD_WORDS);
@@ -123,13 +124,19 @@ t_if(MODEL_QK_NORM, {|                x.norm(k_norm);
 // The keys and values that a lane reads at once: 8 dimensions of AHEAD positions.  A group of
 // LANES lanes takes a position.
 struct Rows {
-    static constexpr int LANES = E / 8, GROUP = 32 / LANES;
+    static constexpr int LANES = E / 8, AT_ONCE = 32 / LANES; // positions that a warp reads side by side
     static constexpr int AHEAD = t_if(PLAN_FAMILY < 90, 2, {|HEAD_GROUP > 2 ? 2 : 4|}); // as registers allow
-    static constexpr int WARP = GROUP * AHEAD; // positions of a warp
+    static constexpr int WARP = AT_ONCE * AHEAD; // positions of a warp
     uint4 key[AHEAD], value[AHEAD];
 
-    static __device__ __forceinline__ int first(int from) { return from + (int)(threadIdx.x / 32) * WARP; }
-    static __device__ __forceinline__ int row(int base, int r) { return base + r * GROUP + (int)(threadIdx.x % 32) / LANES; }
+    static __device__ __forceinline__ int first(int from)
+    {
+        return from + (int)(threadIdx.x / 32) * WARP;
+    }
+    static __device__ __forceinline__ int row(int base, int r)
+    {
+        return base + r * AT_ONCE + (int)(threadIdx.x % 32) / LANES;
+    }
 
     // From the cache, which has no row POS yet; positions from TO on give those before.
     __device__ __forceinline__ void load(const half *cache, int base, int to, int pos)
@@ -146,7 +153,8 @@ struct Rows {
 
 // Each warp attends to its share of positions FROM .. TO-1, the first of which are in NEXT, and
 // leaves its sums in the work space.
-static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache, int pos, int from, int to)
+static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache,
+                                                      int pos, int from, int to)
 {
     constexpr int LANES = Rows::LANES, AHEAD = Rows::AHEAD;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -177,8 +185,10 @@ static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, c
             #pragma unroll
             for (int r = 0; r < AHEAD; r++) {
                 const uint4 key = rows.key[r];
-                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x) + q[g][2] * low(key.y) + q[g][3] * high(key.y)
-                        + q[g][4] * low(key.z) + q[g][5] * high(key.z) + q[g][6] * low(key.w) + q[g][7] * high(key.w);
+                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x)
+                        + q[g][2] * low(key.y) + q[g][3] * high(key.y)
+                        + q[g][4] * low(key.z) + q[g][5] * high(key.z)
+                        + q[g][6] * low(key.w) + q[g][7] * high(key.w);
                 #pragma unroll
                 for (int i = LANES / 2; i; i /= 2)
                     s += __shfl_xor_sync(~0u, s, i);
@@ -229,7 +239,8 @@ static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, c
 }
 
 // Merge the warps' sums and send them: to hop ATTN when there is one split, else to hop PART.
-static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, int q0, int queries, int split, int splits)
+static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, int q0, int queries,
+                                                 int split, int splits)
 {
     constexpr int HEAD_WORDS = E / 8 * 3;
     #pragma unroll 1
@@ -250,7 +261,8 @@ static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, in
         }
         const float scale = splits == 1 ? 1.0f / sum : 1.0f;
         Word *to = S->args.exchange
-                 + (splits == 1 ? HOP_ATTN + (q0 + g) * HEAD_WORDS : HOP_PART + (split * H + q0 + g) * HEAD_WORDS);
+                 + (splits == 1 ? HOP_ATTN + (q0 + g) * HEAD_WORDS
+                                : HOP_PART + (split * H + q0 + g) * HEAD_WORDS);
         store_word(to + word, __float_as_uint(out[0] * scale), __float_as_uint(out[1] * scale),
                    __float_as_uint(out[2] * scale), tag);
         if (splits > 1 && word == 0)
@@ -259,7 +271,8 @@ static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, in
     }
 }
 
-// LAYER_CACHE and VEC: where the layer's cache and vectors begin.  Tasks are (KV head, group of its query heads, split); CTA c takes tasks c, c + CTAS, ...
+// LAYER_CACHE and VEC: where the layer's cache and vectors begin.  Tasks are (KV head, group of
+// its query heads, split); CTA c takes tasks c, c + CTAS, ...
 static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
 {
     Attention &A = *(Attention *)S->scratch;
@@ -269,7 +282,8 @@ static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
     #pragma unroll 1
     for (int task = blockIdx.x; task < K * GROUPS * splits; task += CTAS) {
         const int head = task % K, group = task / K % GROUPS, split = task / (K * GROUPS);
-        const int q0 = head * (H / K) + group * HEAD_GROUP, queries = min(HEAD_GROUP, (head + 1) * (H / K) - q0);
+        const int q0 = head * (H / K) + group * HEAD_GROUP;
+        const int queries = min(HEAD_GROUP, (head + 1) * (H / K) - q0);
         const int from = (int)((long long)(pos + 1) * split / splits);
         const int to = (int)((long long)(pos + 1) * (split + 1) / splits);
         half *cache = S->args.kv + layer_cache + head * KV_HEAD;
@@ -296,6 +310,8 @@ static __device__ __noinline__ void attn_merge(int layer)
     const int splits = split_count(S->args.pos + S->index + 1), lane = threadIdx.x % 32;
     if (splits == 1)
         return;
+    if (threadIdx.x == 0)
+        store_flag(&S->hold, 1);
     #pragma unroll 1
     for (int word = blockIdx.x + CTAS * (threadIdx.x / 32); word < H * HEAD_WORDS; word += CTAS * WARPS) {
         float best = -1e30f, sum = 0.0f, out[3] = {};
@@ -332,6 +348,8 @@ static __device__ __noinline__ void attn_merge(int layer)
             store_word(S->args.exchange + HOP_ATTN + word, __float_as_uint(out[0] / sum),
                        __float_as_uint(out[1] / sum), __float_as_uint(out[2] / sum), tag);
     }
+    if (threadIdx.x == 0)
+        store_flag(&S->hold, 0);
 }
 
 // x = the attention output; then its projection goes to hop O.

@@ -132,7 +132,8 @@ t_if(PLAN_FAULT == 1, {|        planted_hang();
         add_norm(layer, HOP_O, AT_O, layer * VEC_LAYER + VEC_MLP_NORM);
         mlp(layer);
         mlp_down(layer);
-        add_norm(layer, HOP_DOWN, AT_DOWN, layer + 1 < L ? (layer + 1) * VEC_LAYER + VEC_ATTN_NORM : VEC_NORM);
+        add_norm(layer, HOP_DOWN, AT_DOWN,
+                 layer + 1 < L ? (layer + 1) * VEC_LAYER + VEC_ATTN_NORM : VEC_NORM);
     }
 |})m4_dnl
 }
@@ -188,7 +189,8 @@ static __device__ __forceinline__ void start(const mk_args &args)
 // Run up to args.n tokens from args.token at position args.pos on, feeding each token back; or
 // those of args.tokens, when it is given.  No value lives across a call here: the stages have all
 // registers to themselves, and nothing is spilled.
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) mk_decode(const __grid_constant__ mk_args args)
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+mk_decode(const __grid_constant__ mk_args args)
 {
     start(args);
     if (threadIdx.x >= THREADS) {

@@ -60,7 +60,8 @@ static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, float (*part)[W
     if (lane % 4 == 0) {
         #pragma unroll
         for (int b = 0; b < N; b++)
-            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2]) + (sum[2][b * 2] + sum[3][b * 2]);
+            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2])
+                                         + (sum[2][b * 2] + sum[3][b * 2]);
     }
     return chunk;
 }
@@ -140,12 +141,14 @@ template <int N>
 static __device__ __forceinline__ void await_x(const Word *hop, u32 tag, u32 stage)
 {
     half *x = (half *)S->scratch;
-    await_words<N / 8 * 3>(tag, stage, [&](int word) { return hop + word; }, [&](int word, const Word &got) {
+    const auto at = [&](int word) { return hop + word; };
+    await_words<N / 8 * 3>(tag, stage, at, [&](int word, const Word &got) {
         #pragma unroll
         for (int i = 0; i < 3; i++) {
             if (i < word_count(word)) {
                 const int e = word_first(word) + i, pair = e / 2;
-                x[(pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4) * 2 + e % 2] = to_half(word_value(got, i));
+                const int place = pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4; // as store_x
+                x[place * 2 + e % 2] = to_half(word_value(got, i));
             }
         }
     });

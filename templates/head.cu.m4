@@ -44,7 +44,8 @@ static __device__ __noinline__ void grid_best(Best best, u32 tag)
     if (threadIdx.x == 0) {
         best = best_found();
         fence_gpu(); // this CTA's cache rows before the word that lets others read them
-        store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id, best.canceled, tag);
+        store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id,
+                   best.canceled, tag);
     }
     best = {-infinity(), V, 0};
     await_words<CTAS>(tag, AT_BEST, [&](int word) { return S->args.exchange + HOP_BEST + word; },
@@ -121,7 +122,8 @@ static __device__ __forceinline__ u64 bin_mass(const u32 *bin)
 // One digit (4 bits, from bit SHIFT) of the search below: every CTA counts its logits
 // whose key starts with PREFIX by their next digit, and adds up all CTAs' counts.  In S->hist
 // every thread then finds the sums.
-static __device__ __noinline__ void count_digit(const float *logits, float top, u32 prefix, int shift, u32 tag)
+static __device__ __noinline__ void count_digit(const float *logits, float top, u32 prefix, int shift,
+                                                u32 tag)
 {
     const float temperature = S->args.temperature;
     Word *hop = S->args.exchange + HOP_COUNT + tag % 2 * (CTAS * 16);
@@ -147,7 +149,8 @@ static __device__ __noinline__ void count_digit(const float *logits, float top, 
     if (threadIdx.x < 80)
         S->hist[threadIdx.x / 5][threadIdx.x % 5] = 0;
     consumer_barrier();
-    await_words<CTAS * 16>(tag, AT_COUNT, [&](int word) { return hop + word; }, [&](int word, const Word &got) {
+    const auto at = [&](int word) { return hop + word; };
+    await_words<CTAS * 16>(tag, AT_COUNT, at, [&](int word, const Word &got) {
         u32 *bin = S->hist[word % 16];
         atomicAdd(bin, got.v[0]);
         add_mass(bin, (u64)got.v[2] << 32 | got.v[1]);
@@ -221,7 +224,8 @@ static __device__ __noinline__ void sample(Best best)
             least = threshold(logits, top, false, top_k, -1.0f, tag + 1);
         if (top_p < 1.0f) {
             const u64 want = (u64)((double)top_p * (double)least.total);
-            const Threshold by_mass = threshold(logits, top, true, want, least.total ? -1.0f : top_p, tag + 9);
+            const Threshold by_mass = threshold(logits, top, true, want, least.total ? -1.0f : top_p,
+                                                tag + 9);
             least.key = max(least.key, by_mass.key);
         }
     }

@@ -4,7 +4,8 @@ t_section({|MLP|})
 static __device__ __noinline__ void mlp(int layer)
 {
     const u32 tag = layer_tag(layer);
-    multiply<Mlp>(layer_chunk(layer) + phase_chunks<Qkv>() + phase_chunks<O>(), [&](int first, int n, const float (*part)[WARPS]) {
+    const u32 chunk = layer_chunk(layer) + phase_chunks<Qkv>() + phase_chunks<O>();
+    multiply<Mlp>(chunk, [&](int first, int n, const float (*part)[WARPS]) {
         const int row = threadIdx.x, warp = threadIdx.x / 32;
         if (warp * 8 < n) {
             float value = 0.0f;
@@ -25,6 +26,7 @@ static __device__ __noinline__ void mlp_down(int layer)
     const u32 tag = layer_tag(layer);
     consumer_barrier(); // x is free
     await_x<F>(S->args.exchange + HOP_MLP, tag, AT_MLP);
-    multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag, 1.0f / PLAN_MLP_SCALE);
+    multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag,
+                        1.0f / PLAN_MLP_SCALE);
 }
 

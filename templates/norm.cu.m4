@@ -61,7 +61,8 @@ static __device__ __noinline__ void add_norm(int layer, int from, u32 stage, int
     Vector w;
     float sum = 0.0f;
     w.load(S->args.vec + weight);
-    await_words<D / 8 * 3>(layer_tag(layer), stage, [&](int word) { return hop + word; }, [&](int word, const Word &got) {
+    const auto at = [&](int word) { return hop + word; };
+    await_words<D / 8 * 3>(layer_tag(layer), stage, at, [&](int word, const Word &got) {
         #pragma unroll
         for (int i = 0; i < 3; i++) {
             if (i < word_count(word)) {

@@ -438,9 +438,9 @@ t_if(MODEL_QK_NORM, {|                x[i].norm(k_norm);
 
 t_section({|Prefill: causal attention over the KV cache|})
 
-// A task is a KV head and FLASH_ROWS queries: row r of the head is token r / GROUP, query head
-// r % GROUP of its group.  A warp has 16 rows.  Keys and values come in stages of FLASH_POSITIONS.
-constexpr int GROUP = H / K;
+// A task is a KV head and FLASH_ROWS queries: row r of the head is token r / RATIO, query head
+// r % RATIO of its group.  A warp has 16 rows.  Keys and values come in stages of FLASH_POSITIONS.
+constexpr int RATIO = H / K; // query heads of a KV head
 constexpr int FLASH_ROWS = PLAN_FLASH_M;
 constexpr int FLASH_POSITIONS = PLAN_FLASH_N;
 constexpr int FLASH_BYTES = FLASH_POSITIONS * E * 2; // keys of a stage; the values follow
@@ -476,7 +476,7 @@ struct Flash {
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int row = min(first + lane / 4 + i * 8, rows - 1);
-            const u32 *from = (const u32 *)(queries + ((u64)(row / GROUP) * H + head * GROUP + row % GROUP) * E)
+            const u32 *from = (const u32 *)(queries + ((u64)(row / RATIO) * H + head * RATIO + row % RATIO) * E)
                             + lane % 4;
             #pragma unroll
             for (int k = 0; k < E / 16; k++) {
@@ -569,8 +569,8 @@ struct Flash {
             sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
             const float scale = 1.0f / sum[i];
             if (row < rows) {
-                const int col = (head * GROUP + row % GROUP) * E + lane % 4 * 2;
-                unsigned char *to = y + activation_at<O::UNITS>(row / GROUP, col);
+                const int col = (head * RATIO + row % RATIO) * E + lane % 4 * 2;
+                unsigned char *to = y + activation_at<O::UNITS>(row / RATIO, col);
                 #pragma unroll
                 for (int e = 0; e < E / 8; e++)
                     *(u32 *)(to + e * 128) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
@@ -584,7 +584,7 @@ struct Flash {
 static __device__ __noinline__ void prefill_attn(u64 layer_cache)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int pos = G->args.pos, end = pos + G->args.n, rows = G->args.n * GROUP;
+    const int pos = G->args.pos, end = pos + G->args.n, rows = G->args.n * RATIO;
     const int tiles = (rows + FLASH_ROWS - 1) / FLASH_ROWS;
     const u32 work = shared_address(G->work);
     #pragma unroll 1
@@ -595,8 +595,8 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
         const int head = task % K, tile0 = (tiles - 1 - task / K) * FLASH_ROWS, first = tile0 + warp * 16;
         const half *cache = G->args.kv + layer_cache + head * KV_HEAD;
         // The last positions that the tile, the warp's first and last row, and the lane's rows see.
-        const int tile_last = pos + min(tile0 + FLASH_ROWS - 1, rows - 1) / GROUP;
-        const int warp_first = pos + first / GROUP, warp_last = pos + (first + 15) / GROUP;
+        const int tile_last = pos + min(tile0 + FLASH_ROWS - 1, rows - 1) / RATIO;
+        const int warp_first = pos + first / RATIO, warp_last = pos + (first + 15) / RATIO;
         const int stages = tile_last / FLASH_POSITIONS + 1;
         Flash flash;
         flash.start((const half *)prefill_x(), first, rows, head);
@@ -618,7 +618,7 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
             copy_commit();
             if (first < rows && from <= warp_last) {
                 const int row = first + lane / 4;
-                const int last[2] = {pos + row / GROUP - from, pos + (row + 8) / GROUP - from};
+                const int last[2] = {pos + row / RATIO - from, pos + (row + 8) / RATIO - from};
                 flash.attend(work + now * (FLASH_BYTES * 2), from + FLASH_POSITIONS - 1 > warp_first, last);
             }
             now = now + 1 < FLASH_STAGES ? now + 1 : 0;

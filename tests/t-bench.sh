@@ -19,7 +19,7 @@ failed=0
 fail() { echo "failed: $*"; failed=1; }
 
 if ! "$bin/mkgen" --arch native --print-gpu >"$tmp/gpu" 2>"$tmp/err"; then
-    echo "skipped: $(cat "$tmp/err")"
+    echo "SKIP: $(sed "s/^mkgen: //" "$tmp/err")"
     exit 77
 fi
 

@@ -21,7 +21,7 @@ struct world {
     struct rt_session *session;
     struct rt_cpu *cpu;
     int32_t tokens[CONTEXT];
-    float *want, *got;          /* [STEPS][V] */
+    float *want, *got; /* [STEPS][V] */
 };
 
 static char set_text[8][64];
@@ -70,12 +70,13 @@ static int world_open(struct world *w, const char *name, const char *settings)
     if (rc == 0)
         rc = rt_session_make(w->engine, CONTEXT, &w->session, &err);
     if (rc == 0)
-        rc = rt_cpu_make(&w->model, w->weights, rt_session_plan(w->session)->dtype, 1, CONTEXT, 0, &w->cpu, &err);
+        rc = rt_cpu_make(&w->model, w->weights, rt_session_plan(w->session)->dtype, 1, CONTEXT, 0,
+                         &w->cpu, &err);
     CHECKF(rc == 0, "%s %s: %s", name, settings, err.text);
     for (int i = 0; i < CONTEXT; i++)
-        w->tokens[i] = (int32_t)(rt_sample_hash(3, (uint32_t)i, 0) % (uint64_t)w->model.V);
-    w->want = calloc((size_t)STEPS * (size_t)w->model.V, sizeof *w->want);
-    w->got = calloc((size_t)STEPS * (size_t)w->model.V, sizeof *w->got);
+        w->tokens[i] = (int32_t) (rt_sample_hash(3, (uint32_t) i, 0) % (uint64_t) w->model.V);
+    w->want = calloc((size_t) STEPS * (size_t) w->model.V, sizeof *w->want);
+    w->got = calloc((size_t) STEPS * (size_t) w->model.V, sizeof *w->got);
     return rc;
 }
 
@@ -87,7 +88,7 @@ static void poison(struct world *w)
     int rc = 0;
 
     for (size_t i = 0; i < sizeof nan_rows / sizeof *nan_rows; i++)
-        nan_rows[i] = 0x7fff;   /* NaN in bf16 and in fp16 */
+        nan_rows[i] = 0x7fff; /* NaN in bf16 and in fp16 */
     for (int layer = 0; layer < w->model.L; layer++)
         for (int head = 0; head < w->model.K; head++)
             for (int which = 0; which < 2; which++)
@@ -98,18 +99,20 @@ static void poison(struct world *w)
 /* Teacher-forced logits of positions pos .. pos+n-1 from the device. */
 static int device_logits(struct world *w, int pos, int n, float *logits)
 {
-    struct rt_decode job = {.token = w->tokens[pos], .pos = pos, .n = n, .forced = w->tokens + pos, .logits = logits};
+    struct rt_decode job = {
+        .token = w->tokens[pos], .pos = pos, .n = n, .forced = w->tokens + pos, .logits = logits};
     struct mk_err err = {0};
     int done, rc = rt_session_decode(w->session, &job, &done, &err);
 
-    CHECKF(rc == 0 && done == n, "%s: decode %d at %d: %d done, %s", w->name, n, pos, done, err.text);
+    CHECKF(rc == 0 && done == n, "%s: decode %d at %d: %d done, %s", w->name, n, pos, done,
+           err.text);
     return rc;
 }
 
 struct difference {
-    double max;     /* largest |got - want| over the logits' root mean square */
-    double kl;      /* mean over positions */
-    int wrong;      /* argmax differs although the margin is above the error */
+    double max; /* largest |got - want| over the logits' root mean square */
+    double kl;  /* mean over positions */
+    int wrong;  /* argmax differs although the margin is above the error */
 };
 
 static struct difference compare(const float *got, const float *want, int n, int V)
@@ -117,8 +120,8 @@ static struct difference compare(const float *got, const float *want, int n, int
     struct difference d = {0};
     double squares = 0, scale;
 
-    for (size_t i = 0; i < (size_t)n * (size_t)V; i++)
-        squares += (double)want[i] * want[i];
+    for (size_t i = 0; i < (size_t) n * (size_t) V; i++)
+        squares += (double) want[i] * want[i];
     scale = sqrt(squares / n / V);
     for (int t = 0; t < n; t++, got += V, want += V) {
         double top_g = -INFINITY, top_w = -INFINITY, sum_g = 0, sum_w = 0, kl = 0, worst = 0;
@@ -128,14 +131,15 @@ static struct difference compare(const float *got, const float *want, int n, int
                 top_g = got[i], arg_g = i;
             if (want[i] > top_w)
                 top_w = want[i], arg_w = i;
-            worst = fmax(worst, fabs((double)got[i] - want[i]));
+            worst = fmax(worst, fabs((double) got[i] - want[i]));
             if (isnan(got[i]))
                 worst = INFINITY;
         }
         for (int i = 0; i < V; i++)
             sum_g += exp(got[i] - top_g), sum_w += exp(want[i] - top_w);
         for (int i = 0; i < V; i++)
-            kl += exp(want[i] - top_w) / sum_w * ((want[i] - top_w - log(sum_w)) - (got[i] - top_g - log(sum_g)));
+            kl += exp(want[i] - top_w) / sum_w *
+                  ((want[i] - top_w - log(sum_w)) - (got[i] - top_g - log(sum_g)));
         d.max = fmax(d.max, worst / scale);
         d.kl += kl / n;
         d.wrong += arg_g != arg_w && want[arg_w] - want[arg_g] > 2 * worst;
@@ -146,7 +150,7 @@ static struct difference compare(const float *got, const float *want, int n, int
 /* Decode steps from position 0 on poisoned memory against the oracle, twice the same bits. */
 static void test_decode(struct world *w)
 {
-    const size_t n = (size_t)STEPS * (size_t)w->model.V;
+    const size_t n = (size_t) STEPS * (size_t) w->model.V;
     float *again = calloc(n, sizeof *again);
     struct difference d;
     struct mk_err err;
@@ -156,9 +160,11 @@ static void test_decode(struct world *w)
     if (device_logits(w, 0, STEPS, w->got) == 0) {
         d = compare(w->got, w->want, STEPS, w->model.V);
         printf("%s: decode: error %.4f of the logits' rms, KL %.2e\n", w->name, d.max, d.kl);
-        CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong, "%s: decode: error %g, KL %g, %d wrong", w->name, d.max, d.kl, d.wrong);
+        CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong, "%s: decode: error %g, KL %g, %d wrong",
+               w->name, d.max, d.kl, d.wrong);
         device_logits(w, 0, STEPS, again);
-        CHECKF(!memcmp(w->got, again, n * sizeof *again), "%s: a second run has other bits", w->name);
+        CHECKF(!memcmp(w->got, again, n * sizeof *again), "%s: a second run has other bits",
+               w->name);
     }
     free(again);
 }
@@ -168,7 +174,7 @@ static void test_decode(struct world *w)
 static void test_prefill(struct world *w)
 {
     static const int lengths[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 95};
-    float *logits = calloc((size_t)w->model.V, sizeof *logits);
+    float *logits = calloc((size_t) w->model.V, sizeof *logits);
     struct mk_err err = {0};
     double worst = 0;
     int done, rc;
@@ -181,14 +187,16 @@ static void test_prefill(struct world *w)
             rc = pieces == 1 ? 0 : rt_session_prefill(w->session, w->tokens, first, 0, &done, &err);
             if (rc == 0)
                 rc = rt_session_prefill(w->session, w->tokens + (pieces == 1 ? 0 : first),
-                                        pieces == 1 ? n : n - first, pieces == 1 ? 0 : first, &done, &err);
+                                        pieces == 1 ? n : n - first, pieces == 1 ? 0 : first, &done,
+                                        &err);
             CHECKF(rc == 0, "%s: prefill of %d: %s", w->name, n, err.text);
             if (rc || device_logits(w, n, 1, logits))
                 goto done;
-            d = compare(logits, w->want + (size_t)n * (size_t)w->model.V, 1, w->model.V);
+            d = compare(logits, w->want + (size_t) n * (size_t) w->model.V, 1, w->model.V);
             worst = fmax(worst, d.max);
-            CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong, "%s: prefill of %d in %d pieces: error %g, KL %g",
-                   w->name, n, pieces, d.max, d.kl);
+            CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong,
+                   "%s: prefill of %d in %d pieces: error %g, KL %g", w->name, n, pieces, d.max,
+                   d.kl);
         }
     }
     printf("%s: prefill: error %.4f\n", w->name, worst);
@@ -199,7 +207,8 @@ done:
 /* The last position of a full context, reached by prefill. */
 static void test_full(struct world *w)
 {
-    float *logits = calloc((size_t)w->model.V, sizeof *logits), *want = calloc((size_t)w->model.V, sizeof *want);
+    float *logits = calloc((size_t) w->model.V, sizeof *logits),
+          *want = calloc((size_t) w->model.V, sizeof *want);
     struct mk_err err = {0};
     struct difference d;
     int done, rc;
@@ -210,11 +219,13 @@ static void test_full(struct world *w)
     CHECKF(rc == 0 && done == CONTEXT - 1, "%s: full: %s", w->name, err.text);
     if (rc == 0 && device_logits(w, CONTEXT - 1, 1, logits) == 0) {
         d = compare(logits, want, 1, w->model.V);
-        CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong, "%s: last position: error %g, KL %g", w->name, d.max, d.kl);
+        CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong, "%s: last position: error %g, KL %g",
+               w->name, d.max, d.kl);
         /* and the rows in between, in decode steps over a split context */
         device_logits(w, CONTEXT - 40, 40, w->got);
-        d = compare(w->got + 39 * (size_t)w->model.V, want, 1, w->model.V);
-        CHECKF(d.max < 0.08 && d.kl < 1e-3, "%s: last position after steps: error %g, KL %g", w->name, d.max, d.kl);
+        d = compare(w->got + 39 * (size_t) w->model.V, want, 1, w->model.V);
+        CHECKF(d.max < 0.08 && d.kl < 1e-3, "%s: last position after steps: error %g, KL %g",
+               w->name, d.max, d.kl);
     }
     free(logits);
     free(want);
@@ -237,9 +248,12 @@ static int take(void *user, int32_t token)
 static void test_sampling(struct world *w)
 {
     static const struct mk_sampling kinds[] = {
-        {.temperature = 0, .top_p = 1}, {.temperature = 1, .top_p = 1, .seed = 1},
-        {.temperature = 0.7f, .top_k = 20, .top_p = 1, .seed = 2}, {.temperature = 1, .top_k = 1, .top_p = 1, .seed = 3},
-        {.temperature = 0.9f, .top_p = 0.8f, .seed = 4}, {.temperature = 1.3f, .top_k = 40, .top_p = 0.5f, .seed = 5},
+        {.temperature = 0, .top_p = 1},
+        {.temperature = 1, .top_p = 1, .seed = 1},
+        {.temperature = 0.7f, .top_k = 20, .top_p = 1, .seed = 2},
+        {.temperature = 1, .top_k = 1, .top_p = 1, .seed = 3},
+        {.temperature = 0.9f, .top_p = 0.8f, .seed = 4},
+        {.temperature = 1.3f, .top_k = 40, .top_p = 0.5f, .seed = 5},
         {.temperature = 1, .top_p = 1e-6f, .seed = 6},
     };
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
@@ -247,14 +261,23 @@ static void test_sampling(struct world *w)
         struct taken taken = {.n = 0};
         struct mk_err err = {0};
         struct rt_decode job = {
-            .token = w->tokens[0], .n = 40, .temperature = s->temperature, .top_k = s->top_k, .top_p = s->top_p,
-            .seed = s->seed, .token_fn = take, .user = &taken, .logits = w->got,
+            .token = w->tokens[0],
+            .n = 40,
+            .temperature = s->temperature,
+            .top_k = s->top_k,
+            .top_p = s->top_p,
+            .seed = s->seed,
+            .token_fn = take,
+            .user = &taken,
+            .logits = w->got,
         };
         int done, same = 0, rc = rt_session_decode(w->session, &job, &done, &err);
         CHECKF(rc == 0 && done == 40, "%s: sampling %zu: %d done, %s", w->name, k, done, err.text);
         for (int i = 0; i < done; i++)
-            same += rt_sample(w->got + (size_t)i * (size_t)w->model.V, w->model.V, s, i + 1) == taken.token[i];
-        CHECKF(same >= done - (s->temperature > 0), "%s: sampling %zu: %d of %d tokens as rt_sample", w->name, k, same, done);
+            same += rt_sample(w->got + (size_t) i * (size_t) w->model.V, w->model.V, s, i + 1) ==
+                    taken.token[i];
+        CHECKF(same >= done - (s->temperature > 0),
+               "%s: sampling %zu: %d of %d tokens as rt_sample", w->name, k, same, done);
         if (rc)
             return;
     }
@@ -264,7 +287,8 @@ static void test_sampling(struct world *w)
 static void test_stopping(struct world *w)
 {
     struct taken all = {.n = 0}, some = {.n = 0}, rest = {.n = 0};
-    struct rt_decode job = {.token = w->tokens[0], .n = 40, .top_p = 1, .token_fn = take, .user = &all};
+    struct rt_decode job = {
+        .token = w->tokens[0], .n = 40, .top_p = 1, .token_fn = take, .user = &all};
     struct mk_err err = {0};
     int32_t stop;
     int done, first;
@@ -297,7 +321,8 @@ static void test_hang(void)
     if (world_open(&w, "toy-qwen3", "fault=hang") == 0) {
         job.token = w.tokens[0];
         CHECK(rt_session_decode(w.session, &job, &done, &err) == MK_EDEVICE);
-        CHECKF(strstr(err.text, "made no progress: CTA") && strstr(err.text, "hop"), "hang: %s", err.text);
+        CHECKF(strstr(err.text, "made no progress: CTA") && strstr(err.text, "hop"), "hang: %s",
+               err.text);
         printf("hang: %s\n", err.text);
         CHECK(rt_session_decode(w.session, &job, &done, &err) == MK_EDEVICE);
         CHECK_STR(err.text, "the GPU failed in an earlier call; close the model");
@@ -324,9 +349,13 @@ static void test_world(const char *name, const char *settings)
 int main(int argc, char **argv)
 {
     static const char *const worlds[][2] = {
-        {"toy-qwen3", ""}, {"toy-qwen3", "unroll_layers=loop tokens_per_launch=7 split_min=5"},
-        {"toy-qwen3-e128", "split_min=16"}, {"toy-qwen2", ""}, {"toy-llama", "chunk_bytes=1024 stages=3 inflight=2"},
-        {"toy-smol", "ctas=3 split_min=9"}, {"toy-qwen3", "dtype=fp16 ctas=5 round_blocks=2 warps=5 prefill_tokens=32"},
+        {"toy-qwen3", ""},
+        {"toy-qwen3", "unroll_layers=loop tokens_per_launch=7 split_min=5"},
+        {"toy-qwen3-e128", "split_min=16"},
+        {"toy-qwen2", ""},
+        {"toy-llama", "chunk_bytes=1024 stages=3 inflight=2"},
+        {"toy-smol", "ctas=3 split_min=9"},
+        {"toy-qwen3", "dtype=fp16 ctas=5 round_blocks=2 warps=5 prefill_tokens=32"},
         {"toy-llama", "ctas=1 head_group=1"},
     };
     struct rt_device *d;

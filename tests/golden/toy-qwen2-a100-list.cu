@@ -587,7 +587,8 @@ static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, float (*part)[W
     if (lane % 4 == 0) {
         #pragma unroll
         for (int b = 0; b < N; b++)
-            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2]) + (sum[2][b * 2] + sum[3][b * 2]);
+            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2])
+                                         + (sum[2][b * 2] + sum[3][b * 2]);
     }
     return chunk;
 }
@@ -667,12 +668,14 @@ template <int N>
 static __device__ __forceinline__ void await_x(const Word *hop, u32 tag, u32 stage)
 {
     half *x = (half *)S->scratch;
-    await_words<N / 8 * 3>(tag, stage, [&](int word) { return hop + word; }, [&](int word, const Word &got) {
+    const auto at = [&](int word) { return hop + word; };
+    await_words<N / 8 * 3>(tag, stage, at, [&](int word, const Word &got) {
         #pragma unroll
         for (int i = 0; i < 3; i++) {
             if (i < word_count(word)) {
                 const int e = word_first(word) + i, pair = e / 2;
-                x[(pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4) * 2 + e % 2] = to_half(word_value(got, i));
+                const int place = pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4; // as store_x
+                x[place * 2 + e % 2] = to_half(word_value(got, i));
             }
         }
     });
@@ -756,7 +759,8 @@ static __device__ __noinline__ void add_norm(int layer, int from, u32 stage, int
     Vector w;
     float sum = 0.0f;
     w.load(S->args.vec + weight);
-    await_words<D / 8 * 3>(layer_tag(layer), stage, [&](int word) { return hop + word; }, [&](int word, const Word &got) {
+    const auto at = [&](int word) { return hop + word; };
+    await_words<D / 8 * 3>(layer_tag(layer), stage, at, [&](int word, const Word &got) {
         #pragma unroll
         for (int i = 0; i < 3; i++) {
             if (i < word_count(word)) {
@@ -864,7 +868,8 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
 
     await_words<(HEAD_GROUP + 2) * HEAD_WORDS>(tag, AT_QKV, [&](int word) {
         const int i = word / HEAD_WORDS;
-        const int row = i < HEAD_GROUP ? q0 + min(i, queries - 1) : i == HEAD_GROUP ? H + head : H + K + head;
+        const int row = i < HEAD_GROUP ? q0 + min(i, queries - 1)
+                      : i == HEAD_GROUP ? H + head : H + K + head;
         return S->args.exchange + HOP_QKV + row * HEAD_WORDS + word % HEAD_WORDS;
     }, [&](int word, const Word &got) {
         float *to = raw + word / HEAD_WORDS * E + word_first(word % HEAD_WORDS);
@@ -906,13 +911,19 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
 // The keys and values that a lane reads at once: 8 dimensions of AHEAD positions.  A group of
 // LANES lanes takes a position.
 struct Rows {
-    static constexpr int LANES = E / 8, GROUP = 32 / LANES;
+    static constexpr int LANES = E / 8, AT_ONCE = 32 / LANES; // positions that a warp reads side by side
     static constexpr int AHEAD = 2; // as registers allow
-    static constexpr int WARP = GROUP * AHEAD; // positions of a warp
+    static constexpr int WARP = AT_ONCE * AHEAD; // positions of a warp
     uint4 key[AHEAD], value[AHEAD];
 
-    static __device__ __forceinline__ int first(int from) { return from + (int)(threadIdx.x / 32) * WARP; }
-    static __device__ __forceinline__ int row(int base, int r) { return base + r * GROUP + (int)(threadIdx.x % 32) / LANES; }
+    static __device__ __forceinline__ int first(int from)
+    {
+        return from + (int)(threadIdx.x / 32) * WARP;
+    }
+    static __device__ __forceinline__ int row(int base, int r)
+    {
+        return base + r * AT_ONCE + (int)(threadIdx.x % 32) / LANES;
+    }
 
     // From the cache, which has no row POS yet; positions from TO on give those before.
     __device__ __forceinline__ void load(const half *cache, int base, int to, int pos)
@@ -929,7 +940,8 @@ struct Rows {
 
 // Each warp attends to its share of positions FROM .. TO-1, the first of which are in NEXT, and
 // leaves its sums in the work space.
-static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache, int pos, int from, int to)
+static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache,
+                                                      int pos, int from, int to)
 {
     constexpr int LANES = Rows::LANES, AHEAD = Rows::AHEAD;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -960,8 +972,10 @@ static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, c
             #pragma unroll
             for (int r = 0; r < AHEAD; r++) {
                 const uint4 key = rows.key[r];
-                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x) + q[g][2] * low(key.y) + q[g][3] * high(key.y)
-                        + q[g][4] * low(key.z) + q[g][5] * high(key.z) + q[g][6] * low(key.w) + q[g][7] * high(key.w);
+                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x)
+                        + q[g][2] * low(key.y) + q[g][3] * high(key.y)
+                        + q[g][4] * low(key.z) + q[g][5] * high(key.z)
+                        + q[g][6] * low(key.w) + q[g][7] * high(key.w);
                 #pragma unroll
                 for (int i = LANES / 2; i; i /= 2)
                     s += __shfl_xor_sync(~0u, s, i);
@@ -1012,7 +1026,8 @@ static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, c
 }
 
 // Merge the warps' sums and send them: to hop ATTN when there is one split, else to hop PART.
-static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, int q0, int queries, int split, int splits)
+static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, int q0, int queries,
+                                                 int split, int splits)
 {
     constexpr int HEAD_WORDS = E / 8 * 3;
     #pragma unroll 1
@@ -1033,7 +1048,8 @@ static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, in
         }
         const float scale = splits == 1 ? 1.0f / sum : 1.0f;
         Word *to = S->args.exchange
-                 + (splits == 1 ? HOP_ATTN + (q0 + g) * HEAD_WORDS : HOP_PART + (split * H + q0 + g) * HEAD_WORDS);
+                 + (splits == 1 ? HOP_ATTN + (q0 + g) * HEAD_WORDS
+                                : HOP_PART + (split * H + q0 + g) * HEAD_WORDS);
         store_word(to + word, __float_as_uint(out[0] * scale), __float_as_uint(out[1] * scale),
                    __float_as_uint(out[2] * scale), tag);
         if (splits > 1 && word == 0)
@@ -1042,7 +1058,8 @@ static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, in
     }
 }
 
-// LAYER_CACHE and VEC: where the layer's cache and vectors begin.  Tasks are (KV head, group of its query heads, split); CTA c takes tasks c, c + CTAS, ...
+// LAYER_CACHE and VEC: where the layer's cache and vectors begin.  Tasks are (KV head, group of
+// its query heads, split); CTA c takes tasks c, c + CTAS, ...
 static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
 {
     Attention &A = *(Attention *)S->scratch;
@@ -1052,7 +1069,8 @@ static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
     #pragma unroll 1
     for (int task = blockIdx.x; task < K * GROUPS * splits; task += CTAS) {
         const int head = task % K, group = task / K % GROUPS, split = task / (K * GROUPS);
-        const int q0 = head * (H / K) + group * HEAD_GROUP, queries = min(HEAD_GROUP, (head + 1) * (H / K) - q0);
+        const int q0 = head * (H / K) + group * HEAD_GROUP;
+        const int queries = min(HEAD_GROUP, (head + 1) * (H / K) - q0);
         const int from = (int)((long long)(pos + 1) * split / splits);
         const int to = (int)((long long)(pos + 1) * (split + 1) / splits);
         half *cache = S->args.kv + layer_cache + head * KV_HEAD;
@@ -1079,6 +1097,8 @@ static __device__ __noinline__ void attn_merge(int layer)
     const int splits = split_count(S->args.pos + S->index + 1), lane = threadIdx.x % 32;
     if (splits == 1)
         return;
+    if (threadIdx.x == 0)
+        store_flag(&S->hold, 1);
     #pragma unroll 1
     for (int word = blockIdx.x + CTAS * (threadIdx.x / 32); word < H * HEAD_WORDS; word += CTAS * WARPS) {
         float best = -1e30f, sum = 0.0f, out[3] = {};
@@ -1115,6 +1135,8 @@ static __device__ __noinline__ void attn_merge(int layer)
             store_word(S->args.exchange + HOP_ATTN + word, __float_as_uint(out[0] / sum),
                        __float_as_uint(out[1] / sum), __float_as_uint(out[2] / sum), tag);
     }
+    if (threadIdx.x == 0)
+        store_flag(&S->hold, 0);
 }
 
 // x = the attention output; then its projection goes to hop O.
@@ -1132,7 +1154,8 @@ static __device__ __noinline__ void attn_out(int layer)
 static __device__ __noinline__ void mlp(int layer)
 {
     const u32 tag = layer_tag(layer);
-    multiply<Mlp>(layer_chunk(layer) + phase_chunks<Qkv>() + phase_chunks<O>(), [&](int first, int n, const float (*part)[WARPS]) {
+    const u32 chunk = layer_chunk(layer) + phase_chunks<Qkv>() + phase_chunks<O>();
+    multiply<Mlp>(chunk, [&](int first, int n, const float (*part)[WARPS]) {
         const int row = threadIdx.x, warp = threadIdx.x / 32;
         if (warp * 8 < n) {
             float value = 0.0f;
@@ -1153,7 +1176,8 @@ static __device__ __noinline__ void mlp_down(int layer)
     const u32 tag = layer_tag(layer);
     consumer_barrier(); // x is free
     await_x<F>(S->args.exchange + HOP_MLP, tag, AT_MLP);
-    multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag, 1.0f / 1.0f);
+    multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag,
+                        1.0f / 1.0f);
 }
 
 // ---- Head and sampler ----------------------------------------------------------------
@@ -1202,7 +1226,8 @@ static __device__ __noinline__ void grid_best(Best best, u32 tag)
     if (threadIdx.x == 0) {
         best = best_found();
         fence_gpu(); // this CTA's cache rows before the word that lets others read them
-        store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id, best.canceled, tag);
+        store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id,
+                   best.canceled, tag);
     }
     best = {-infinity(), V, 0};
     await_words<CTAS>(tag, AT_BEST, [&](int word) { return S->args.exchange + HOP_BEST + word; },
@@ -1279,7 +1304,8 @@ static __device__ __forceinline__ u64 bin_mass(const u32 *bin)
 // One digit (4 bits, from bit SHIFT) of the search below: every CTA counts its logits
 // whose key starts with PREFIX by their next digit, and adds up all CTAs' counts.  In S->hist
 // every thread then finds the sums.
-static __device__ __noinline__ void count_digit(const float *logits, float top, u32 prefix, int shift, u32 tag)
+static __device__ __noinline__ void count_digit(const float *logits, float top, u32 prefix, int shift,
+                                                u32 tag)
 {
     const float temperature = S->args.temperature;
     Word *hop = S->args.exchange + HOP_COUNT + tag % 2 * (CTAS * 16);
@@ -1305,7 +1331,8 @@ static __device__ __noinline__ void count_digit(const float *logits, float top, 
     if (threadIdx.x < 80)
         S->hist[threadIdx.x / 5][threadIdx.x % 5] = 0;
     consumer_barrier();
-    await_words<CTAS * 16>(tag, AT_COUNT, [&](int word) { return hop + word; }, [&](int word, const Word &got) {
+    const auto at = [&](int word) { return hop + word; };
+    await_words<CTAS * 16>(tag, AT_COUNT, at, [&](int word, const Word &got) {
         u32 *bin = S->hist[word % 16];
         atomicAdd(bin, got.v[0]);
         add_mass(bin, (u64)got.v[2] << 32 | got.v[1]);
@@ -1379,7 +1406,8 @@ static __device__ __noinline__ void sample(Best best)
             least = threshold(logits, top, false, top_k, -1.0f, tag + 1);
         if (top_p < 1.0f) {
             const u64 want = (u64)((double)top_p * (double)least.total);
-            const Threshold by_mass = threshold(logits, top, true, want, least.total ? -1.0f : top_p, tag + 9);
+            const Threshold by_mass = threshold(logits, top, true, want, least.total ? -1.0f : top_p,
+                                                tag + 9);
             least.key = max(least.key, by_mass.key);
         }
     }
@@ -1566,7 +1594,8 @@ static __device__ __forceinline__ void start(const mk_args &args)
 // Run up to args.n tokens from args.token at position args.pos on, feeding each token back; or
 // those of args.tokens, when it is given.  No value lives across a call here: the stages have all
 // registers to themselves, and nothing is spilled.
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) mk_decode(const __grid_constant__ mk_args args)
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+mk_decode(const __grid_constant__ mk_args args)
 {
     start(args);
     if (threadIdx.x >= THREADS) {
@@ -2104,9 +2133,9 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
 
 // ---- Prefill: causal attention over the KV cache -------------------------------------
 
-// A task is a KV head and FLASH_ROWS queries: row r of the head is token r / GROUP, query head
-// r % GROUP of its group.  A warp has 16 rows.  Keys and values come in stages of FLASH_POSITIONS.
-constexpr int GROUP = H / K;
+// A task is a KV head and FLASH_ROWS queries: row r of the head is token r / RATIO, query head
+// r % RATIO of its group.  A warp has 16 rows.  Keys and values come in stages of FLASH_POSITIONS.
+constexpr int RATIO = H / K; // query heads of a KV head
 constexpr int FLASH_ROWS = 128;
 constexpr int FLASH_POSITIONS = 64;
 constexpr int FLASH_BYTES = FLASH_POSITIONS * E * 2; // keys of a stage; the values follow
@@ -2142,7 +2171,7 @@ struct Flash {
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int row = min(first + lane / 4 + i * 8, rows - 1);
-            const u32 *from = (const u32 *)(queries + ((u64)(row / GROUP) * H + head * GROUP + row % GROUP) * E)
+            const u32 *from = (const u32 *)(queries + ((u64)(row / RATIO) * H + head * RATIO + row % RATIO) * E)
                             + lane % 4;
             #pragma unroll
             for (int k = 0; k < E / 16; k++) {
@@ -2235,8 +2264,8 @@ struct Flash {
             sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
             const float scale = 1.0f / sum[i];
             if (row < rows) {
-                const int col = (head * GROUP + row % GROUP) * E + lane % 4 * 2;
-                unsigned char *to = y + activation_at<O::UNITS>(row / GROUP, col);
+                const int col = (head * RATIO + row % RATIO) * E + lane % 4 * 2;
+                unsigned char *to = y + activation_at<O::UNITS>(row / RATIO, col);
                 #pragma unroll
                 for (int e = 0; e < E / 8; e++)
                     *(u32 *)(to + e * 128) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
@@ -2250,7 +2279,7 @@ struct Flash {
 static __device__ __noinline__ void prefill_attn(u64 layer_cache)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int pos = G->args.pos, end = pos + G->args.n, rows = G->args.n * GROUP;
+    const int pos = G->args.pos, end = pos + G->args.n, rows = G->args.n * RATIO;
     const int tiles = (rows + FLASH_ROWS - 1) / FLASH_ROWS;
     const u32 work = shared_address(G->work);
     #pragma unroll 1
@@ -2261,8 +2290,8 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
         const int head = task % K, tile0 = (tiles - 1 - task / K) * FLASH_ROWS, first = tile0 + warp * 16;
         const half *cache = G->args.kv + layer_cache + head * KV_HEAD;
         // The last positions that the tile, the warp's first and last row, and the lane's rows see.
-        const int tile_last = pos + min(tile0 + FLASH_ROWS - 1, rows - 1) / GROUP;
-        const int warp_first = pos + first / GROUP, warp_last = pos + (first + 15) / GROUP;
+        const int tile_last = pos + min(tile0 + FLASH_ROWS - 1, rows - 1) / RATIO;
+        const int warp_first = pos + first / RATIO, warp_last = pos + (first + 15) / RATIO;
         const int stages = tile_last / FLASH_POSITIONS + 1;
         Flash flash;
         flash.start((const half *)prefill_x(), first, rows, head);
@@ -2284,7 +2313,7 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
             copy_commit();
             if (first < rows && from <= warp_last) {
                 const int row = first + lane / 4;
-                const int last[2] = {pos + row / GROUP - from, pos + (row + 8) / GROUP - from};
+                const int last[2] = {pos + row / RATIO - from, pos + (row + 8) / RATIO - from};
                 flash.attend(work + now * (FLASH_BYTES * 2), from + FLASH_POSITIONS - 1 > warp_first, last);
             }
             now = now + 1 < FLASH_STAGES ? now + 1 : 0;
