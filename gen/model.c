@@ -462,17 +462,16 @@ static void set_name(struct gen_model *m, const char *path)
         end--;
     for (start = end; start && path[start - 1] != '/'; start--)
         ;
-    while (start < end && (path[start] == '.' || path[start] == '-'))
-        start++;                        /* no hidden file, no option */
     for (; start < end && n < sizeof(m->name) - 1; start++) {
         char c = path[start];
         int safe = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') ||
                    c == '.' || c == '_';
 
-        m->name[n++] = safe ? c : '-';
+        if (n || (safe && c != '.'))    /* no hidden file, no option */
+            m->name[n++] = safe ? c : '-';
     }
     m->name[n] = '\0';
-    if (!m->name[strspn(m->name, "-.")])
+    if (n == 0)
         snprintf(m->name, sizeof(m->name), "model");
 }
 
@@ -594,7 +593,7 @@ static int place(int i, char *buf, size_t size)
         return 1;
 #endif
     }
-    if (i == 2)
+    if (i == 6)     /* last: a stranger's folder may have that name */
         return snprintf(buf, size, "models") >= (int)size;
     n = readlink("/proc/self/exe", buf, size);
     while (n > 0 && n < (ssize_t)size && buf[n - 1] != '/')
@@ -602,7 +601,7 @@ static int place(int i, char *buf, size_t size)
     if (n <= 0 || n >= (ssize_t)size)
         return 1;
     size -= (size_t)n;
-    return snprintf(buf + n, size, "%s", near_program[i - 3]) >= (int)size;
+    return snprintf(buf + n, size, "%s", near_program[i - 2]) >= (int)size;
 }
 
 /* 1 if PLACE/NAME/config.json is a file; BUF then holds PLACE/NAME. */

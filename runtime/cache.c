@@ -806,6 +806,9 @@ int rt_kernel_get(const struct rt_key *key, const char *packs, mk_progress_fn *p
     if (rc == MK_ENOENT) {
         k->path[0] = 0;
         rc = get_or_make(&w, &m, &k->from, k->path, sizeof k->path, err);
+        if (rc == MK_ETOOL && packs && *packs)
+            gen_fail_in(err, rc, "no pack in %.1000s has this kernel (%s; another model, GPU, "
+                        "context or plan is another kernel), and it cannot be made", packs, w.name);
     } else if (rc) {
         gen_fail(err, rc, "no memory for the kernel in %s", k->path);
     }

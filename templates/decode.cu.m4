@@ -1,8 +1,7 @@
 t_section({|Decode: the producer warp|})
 
-// The producer warp keeps the ring full of this CTA's stream, across stages, layers and tokens.
-
-// Its place is in S->filled and S->landed, which no one else writes.
+// The producer warp keeps the ring full of this CTA's stream, across phases, layers and tokens.
+// What it has brought so far is in S->filled and S->landed, which no one else writes.
 
 // Count the chunks that have landed, of those before chunk FILLED.
 static __device__ __forceinline__ u32 count_landed(u32 filled)

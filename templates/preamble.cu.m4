@@ -11,7 +11,7 @@ t_note({|Cost per token: PLAN_TOKEN_BYTES bytes of weights read, PLAN_HOPS hops,
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
-t_if(PLAN_FP16, {|typedef u16 half; // fp16|}, {|typedef u16 half; // bf16|})
+t_if(PLAN_FP16, {|typedef u16 half; // the bits of a weight: fp16|}, {|typedef u16 half; // the bits of a weight: bf16|})
 
 t_section({|Shapes, from config.json|})
 
@@ -41,7 +41,7 @@ constexpr int SPLIT_MIN = PLAN_SPLIT_MIN; // positions that are worth another sp
 constexpr int MAX_SPLITS = PLAN_MAX_SPLITS;
 constexpr u64 WATCHDOG_NS = 2000000000; // without progress, then trap
 
-// A phase is one matrix-vector product of a layer.
+// A phase is one matrix-vector product: four of a layer, and the head.
 template <int ROWS_, int UNITS_, int BLOCKS_, int STEP_, int SPANS_, int SPAN_UNITS_>
 struct Phase {
     static constexpr int ROWS = ROWS_;
@@ -91,7 +91,6 @@ constexpr int HOP_DOWN = PLAN_HOP_DOWN;
 constexpr int HOP_BEST = PLAN_HOP_BEST; // a candidate of each CTA
 constexpr int HOP_COUNT = PLAN_HOP_COUNT; // sampler: 2 x [CTAS][16]
 
-// Larger than all numbers.
 static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 t_section({|Launch arguments: the same as in abi.h|})

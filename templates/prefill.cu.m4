@@ -721,9 +721,9 @@ t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 2, {|
 |})m4_dnl
 
     t_note({|layer t_2d(m4_eval(MODEL_L - 1))|})
-    prefill_qkv((L - 1) * LAYER_BYTES + QKV_OFFSET, H * E / 8, (L - 1) * VEC_LAYER + VEC_BIAS);
+    prefill_qkv(PLAN_AT(MODEL_L - 1, QKV), H * E / 8, PLAN_VEC_AT(MODEL_L - 1, BIAS));
     grid_barrier(count += CTAS);
-    prefill_rotate((L - 1) * VEC_LAYER, (L - 1) * KV_LAYER, H);
+    prefill_rotate(PLAN_VEC_AT(MODEL_L - 1, START), PLAN_KV_AT(MODEL_L - 1), H);
 }
 
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) mk_prefill(const __grid_constant__ mk_args args)

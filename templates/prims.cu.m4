@@ -100,6 +100,19 @@ static __device__ __forceinline__ u32 load_system(const u32 *p)
     return v;
 }
 
+// Flags in shared memory that warps tell each other: each by itself, ordering nothing.
+static __device__ __forceinline__ u32 load_flag(const u32 *p)
+{
+    u32 v;
+    asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void store_flag(u32 *p, u32 v)
+{
+    asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" :: "r"(shared_address(p)), "r"(v) : "memory");
+}
+
 static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
     asm volatile("prefetch.global.L2 [%0];" :: "l"(p));

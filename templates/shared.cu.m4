@@ -21,9 +21,6 @@ static_assert(sizeof(Shared) <= PLAN_SMEM_BYTES, "the plan's shared memory is to
 
 extern __shared__ Shared S[];
 
-static __device__ __forceinline__ u32 load_flag(const u32 *p) { return *(const volatile u32 *)p; }
-static __device__ __forceinline__ void store_flag(u32 *p, u32 v) { *(volatile u32 *)p = v; }
-
 t_section({|Watchdog|})
 
 // Tell the host what CTA blockIdx.x waits for, and stop the GPU's work.

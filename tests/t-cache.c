@@ -815,6 +815,8 @@ static void test_packs(void)
     other = plain;
     other.params = "new\n";
     CHECK(rt_kernel_get(&other, pack, NULL, NULL, NULL, &k, &err) == MK_ETOOL && !k);
+    snprintf(want, sizeof want, "no pack in %s has this kernel (", pack);
+    CHECKF(!strncmp(err.text, want, strlen(want)), "%s", err.text);
     CHECK(shared->compiles == 0 && count_in(pack, "") == 1);
     CHECK(chmod(pack, 0755) == 0);
 

@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <unistd.h>
 
-#include "runtime/device.h"
+#include "runtime/engine.h"
 #include "tests/check.h"
 
 static struct mk_err err;
@@ -297,6 +297,38 @@ static void test_other_thread(void)
     rt_device_close(d);
 }
 
+static void check_session_fails(struct rt_engine *e, const char *settings, const char *text)
+{
+    struct rt_session *s;
+
+    pretend(settings);
+    CHECK(rt_session_make(e, 512, &s, &err) == MK_ENOMEM && !s);
+    CHECK_STR(err.text, text);
+}
+
+/* A model that does not fit: what is needed, and what would fit. */
+static void test_too_little_memory(void)
+{
+    const char *srcdir = getenv("srcdir");
+    struct rt_weights *w = NULL;
+    struct rt_engine *e = NULL;
+    struct gen_model m;
+    char path[4096];
+
+    pretend("");
+    snprintf(path, sizeof path, "%s/toy/toy-qwen3", srcdir ? srcdir : ".");
+    CHECK(gen_model_read(path, &m, &err) == 0 && rt_weights_random(&m, 1, &w, &err) == 0 &&
+          rt_engine_open(&m, w, NULL, &e, &err) == 0);
+    check_session_fails(e, "memory=60000000",
+                        "toy-qwen3 needs 0.08 GB of device memory without a KV cache; "
+                        "Fake GPU (0) X0 has 0.06 GB free");
+    check_session_fails(e, "memory=75600000",
+                        "toy-qwen3 with a context of 512 needs 0.08 GB of device memory; "
+                        "Fake GPU (0) X0 has 0.08 GB free, enough for a context of 266");
+    rt_engine_close(e);
+    rt_weights_close(w);
+}
+
 int main(void)
 {
     char path[4096];
@@ -311,6 +343,7 @@ int main(void)
     test_open_errors();
     test_facts();
     test_memory();
+    test_too_little_memory();
     test_stream();
     test_module();
     test_launch();

@@ -25,7 +25,7 @@ lib=$(dirname "$(find "$dest" -name libmk.a)")
 bin=$(dirname "$(find "$dest" -name mkgen -type f)")
 man=$(dirname "$(find "$dest" -name mkgen.1)")
 prefix=${bin%/bin}
-for file in lib/libmk.so lib/pkgconfig/mkgen.pc include/mk.h \
+for file in lib/libmk.so lib/libmk.a lib/pkgconfig/mkgen.pc include/mk.h \
     share/mkgen/models/qwen3-0.6b/config.json share/mkgen/models/demo/model.safetensors; do
     [ -e "$prefix/$file" ] || fail "$file is not installed"
 done
@@ -35,6 +35,11 @@ nm -D --defined-only "$lib/libmk.so" | awk '$2 != "A" { print $NF }' | sed 's/@.
 grep -q '^mk_generate$' "$tmp/symbols" || fail "libmk.so does not export mk_generate"
 if grep -v '^mk_' "$tmp/symbols"; then
     fail "libmk.so exports the symbols above"
+fi
+nm -g --defined-only "$lib/libmk.a" | awk 'NF == 3 { print $NF }' >"$tmp/symbols"
+grep -q '^mk_generate$' "$tmp/symbols" || fail "libmk.a does not have mk_generate"
+if grep -v '^mk_' "$tmp/symbols"; then
+    fail "libmk.a has the global symbols above"
 fi
 
 # ---- The header in C99 and C++, alone ----

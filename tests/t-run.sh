@@ -99,11 +99,14 @@ check "--raw: $(cat err)" [ "$(sed -n 's/^prefill  \([0-9]*\) .*/\1/p' err)" -gt
 
 run 0 "$demo" -p "$prompt" -n 48 --stats
 same '--stats'
-has '^load     [0-9.]* s, kernel 0.00 s (none needed)$' err
+has '^load     [0-9.]* s, kernel 0.00 s (none: on the CPU)$' err
 has '^prefill  10 tokens in [0-9.]* ms, [0-9]* tok/s$' err
 has '^first    token after [0-9.]* ms$' err
 has '^decode   47 tokens in [0-9.]* ms, [0-9.]* tok/s$' err
 check "--stats: $(cat err)" [ "$(wc -l <err)" = 4 ]
+run 0 "$demo" -p "$prompt" -n 48 --set warps=4
+same '--set'
+has '^mkrun: warning: --plan and --set choose the kernel of a GPU; the CPU has none$' err
 run 0 "$demo" -p "$prompt" -n 48 --temp 0.8 --top-k 1
 same '--top-k 1'
 run 0 "$demo" -p "$prompt" -n 48 --temp 0.8 --top-p 0.000001
@@ -194,6 +197,9 @@ printf 'Who are you, and what do you think of the sea, the sky and all the rest?
     run 1 "$demo" --chat -c 24 -n 2 --print-ids
 check "the turn that fits: $(cat out)" [ "$(wc -w <out)" = 2 ]
 has '^mkrun: the conversation has [0-9]* tokens with this turn, the context holds 24 (--context); /reset starts anew$' err
+printf 'Hi\0there\nHi\n' | run 1 "$demo" --chat -n 2 --print-ids
+check "the turn without a zero byte: $(cat out)" [ "$(wc -w <out)" = 2 ]
+has '^mkrun: standard input: byte 2 of the line: a zero byte$' err
 
 # ---- Signals ----
 

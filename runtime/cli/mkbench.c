@@ -292,15 +292,11 @@ static void json_row(FILE *f, const struct report *rep, const struct row *r, con
     fprintf(f, "}%s\n", end);
 }
 
-static int write_json(const struct report *rep, const struct options *o)
+static int write_json(const struct report *rep, const struct options *o, struct cli_file *out)
 {
     const struct rt_bench_facts *facts = &rep->facts;
-    struct cli_file out;
-    FILE *f;
+    FILE *f = out->stream;
 
-    if (cli_file_open(&out, o->json))
-        return CLI_FAILED;
-    f = out.stream;
     fputs("{\n  ", f);
     json_text(f, "gpu", facts->gpu);
     fprintf(f, ",\n  \"driver\": \"%d.%d\",\n  ", facts->driver / 1000, facts->driver % 1000 / 10);
@@ -315,7 +311,7 @@ static int write_json(const struct report *rep, const struct options *o)
     for (int i = 0; i < rep->n; i++)
         json_row(f, rep, &rep->row[i], i + 1 < rep->n ? "," : "");
     fputs("  ]\n}\n", f);
-    return cli_file_done(&out);
+    return cli_file_done(out);
 }
 
 /* ---- All of it ---- */
@@ -351,7 +347,8 @@ static int run_rows(struct rt_bench *b, const struct options *o, struct report *
     return status;
 }
 
-static int measure_all(struct rt_bench *b, const struct options *o)
+/* JSON: where it goes; done or dropped here. */
+static int measure_all(struct rt_bench *b, const struct options *o, struct cli_file *json)
 {
     struct report *rep = calloc(1, sizeof(*rep));
     int table = !o->json || strcmp(o->json, "-"), status, total = o->n_pos + o->n_prefill;
@@ -359,19 +356,24 @@ static int measure_all(struct rt_bench *b, const struct options *o)
     struct mk_err err;
     struct tm utc;
 
-    if (!rep)
+    if (!rep) {
+        cli_file_drop(json);
         return cli_fail("not enough memory");
+    }
     strftime(rep->date, sizeof(rep->date), "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
     rt_bench_facts(b, &rep->facts);
     if (rt_bench_bandwidth(b, &rep->read_gbps, rep->method, &err)) {
         free(rep);
+        cli_file_drop(json);
         return cli_error(&err);
     }
     if (table)
         print_head(rep, o);
     status = run_rows(b, o, rep, table);
     /* Wrong rows are a result and are written down; a run that broke off is not. */
-    if (o->json && rep->n == total && write_json(rep, o))
+    if (rep->n < total)
+        cli_file_drop(json);
+    else if (o->json && write_json(rep, o, json))
         status = CLI_FAILED;
     free(rep);
     return status;
@@ -379,6 +381,7 @@ static int measure_all(struct rt_bench *b, const struct options *o)
 
 static int run(struct options *o)
 {
+    struct cli_file json = { 0 };
     struct rt_bench *b;
     struct gen_model m;
     struct mk_err err;
@@ -389,13 +392,18 @@ static int run(struct options *o)
     status = plan_rows(o, &m);
     if (status)
         return status;
+    /* A place that cannot be written is known before minutes of measuring. */
+    if (o->json && cli_file_open(&json, o->json))
+        return CLI_FAILED;
     rc = rt_bench_open(o->where, o->context, &o->bench, &b, &err);
     if (rc == MK_ENOENT && !o->bench.random_weights)
         gen_fail_in(&err, rc, "no checkpoint (--random-weights makes one)");
-    if (rc)
+    if (rc) {
+        cli_file_drop(&json);
         return cli_error(&err);
+    }
     cli_progress_clear();
-    status = measure_all(b, o);
+    status = measure_all(b, o, &json);
     rt_bench_close(b);
     return status;
 }

@@ -344,7 +344,7 @@ static int print_token(void *user, int32_t token, const char *text, size_t len)
 
 static void print_stats(const struct mk_context *c, int answers)
 {
-    static const char *const from[] = { "none needed", "compiled", "from the cache",
+    static const char *const from[] = { "none: on the CPU", "compiled", "from the cache",
                                         "from a pack" };
     struct mk_stats s = { .size = sizeof(s) };
     struct mk_err err;
@@ -537,8 +537,8 @@ static int turn(const struct options *o, const struct mk_model *m, struct mk_con
     return rc;
 }
 
-/* A line without its newline, or NULL: end of input, or a second Ctrl-C in a row. */
-static char *read_line(char **line, size_t *cap, int interactive)
+/* A line without its newline, LEN bytes, or NULL: end of input, or a second Ctrl-C in a row. */
+static char *read_line(char **line, size_t *cap, size_t *len, int interactive)
 {
     ssize_t n;
 
@@ -563,6 +563,7 @@ static char *read_line(char **line, size_t *cap, int interactive)
         (*line)[--n] = 0;
     if (n > 0 && (*line)[n - 1] == '\r')
         (*line)[--n] = 0;
+    *len = (size_t) n;
     return *line;
 }
 
@@ -570,16 +571,18 @@ static int chat(const struct options *o, const struct mk_model *m, struct mk_con
 {
     int interactive = isatty(STDIN_FILENO), status = CLI_OK, lost = 0;
     char *line = NULL;
-    size_t cap = 0;
+    size_t cap = 0, len;
     struct mk_err err;
 
-    while (!lost && read_line(&line, &cap, interactive)) {
+    while (!lost && read_line(&line, &cap, &len, interactive)) {
         if (!strcmp(line, "/quit"))
             break;
         if (!strcmp(line, "/reset")) {
             if (mk_truncate(c, 0, &err))
                 status = cli_error(&err);
-        } else if (strspn(line, " \t") != strlen(line)) {
+        } else if (strlen(line) != len) {
+            status = cli_fail("standard input: byte %zu of the line: a zero byte", strlen(line));
+        } else if (strspn(line, " \t") != len) {
             int rc = turn(o, m, c, line, &lost);
 
             if (rc == CLI_FAILED)
@@ -656,6 +659,8 @@ static int run(const struct options *o)
         rc = cli_fail("%s has no tokenizer.json; give token ids with --ids", o->dir);
     else if (!o->chat)
         rc = read_tokens(o, m, &t);
+    if (rc == 0 && !strcmp(info.device, "cpu") && (o->mk.plan_file || o->mk.set))
+        cli_note("warning: --plan and --set choose the kernel of a GPU; the CPU has none");
     if (rc == 0 && !o->chat)
         rc = check_length(o, &info, t.n);
     if (rc == 0)

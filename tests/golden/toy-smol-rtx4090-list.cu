@@ -10,7 +10,7 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
-typedef u16 half; // bf16
+typedef u16 half; // the bits of a weight: bf16
 
 // ---- Shapes, from config.json --------------------------------------------------------
 
@@ -40,7 +40,7 @@ constexpr int SPLIT_MIN = 128; // positions that are worth another split
 constexpr int MAX_SPLITS = 8;
 constexpr u64 WATCHDOG_NS = 2000000000; // without progress, then trap
 
-// A phase is one matrix-vector product of a layer.
+// A phase is one matrix-vector product: four of a layer, and the head.
 template <int ROWS_, int UNITS_, int BLOCKS_, int STEP_, int SPANS_, int SPAN_UNITS_>
 struct Phase {
     static constexpr int ROWS = ROWS_;
@@ -90,7 +90,6 @@ constexpr int HOP_DOWN = 1152;
 constexpr int HOP_BEST = 1224; // a candidate of each CTA
 constexpr int HOP_COUNT = 1248; // sampler: 2 x [CTAS][16]
 
-// Larger than all numbers.
 static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- Launch arguments: the same as in abi.h ------------------------------------------
@@ -271,6 +270,19 @@ static __device__ __forceinline__ u32 load_system(const u32 *p)
     return v;
 }
 
+// Flags in shared memory that warps tell each other: each by itself, ordering nothing.
+static __device__ __forceinline__ u32 load_flag(const u32 *p)
+{
+    u32 v;
+    asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void store_flag(u32 *p, u32 v)
+{
+    asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" :: "r"(shared_address(p)), "r"(v) : "memory");
+}
+
 static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
     asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
@@ -410,9 +422,6 @@ struct Shared {
 static_assert(sizeof(Shared) <= 98492, "the plan's shared memory is too small");
 
 extern __shared__ Shared S[];
-
-static __device__ __forceinline__ u32 load_flag(const u32 *p) { return *(const volatile u32 *)p; }
-static __device__ __forceinline__ void store_flag(u32 *p, u32 v) { *(volatile u32 *)p = v; }
 
 // ---- Watchdog ------------------------------------------------------------------------
 
@@ -1422,9 +1431,8 @@ static __device__ __noinline__ void sample(Best best)
 
 // ---- Decode: the producer warp -------------------------------------------------------
 
-// The producer warp keeps the ring full of this CTA's stream, across stages, layers and tokens.
-
-// Its place is in S->filled and S->landed, which no one else writes.
+// The producer warp keeps the ring full of this CTA's stream, across phases, layers and tokens.
+// What it has brought so far is in S->filled and S->landed, which no one else writes.
 
 // Count the chunks that have landed, of those before chunk FILLED.
 static __device__ __forceinline__ u32 count_landed(u32 filled)
@@ -2424,9 +2432,9 @@ static __device__ __forceinline__ void prefill()
     grid_barrier(count += CTAS);
 
     // layer 02
-    prefill_qkv((L - 1) * LAYER_BYTES + QKV_OFFSET, H * E / 8, (L - 1) * VEC_LAYER + VEC_BIAS);
+    prefill_qkv(77824, H * E / 8, 1152);
     grid_barrier(count += CTAS);
-    prefill_rotate((L - 1) * VEC_LAYER, (L - 1) * KV_LAYER, H);
+    prefill_rotate(768, 393216, H);
 }
 
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) mk_prefill(const __grid_constant__ mk_args args)
