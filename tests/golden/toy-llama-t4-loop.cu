@@ -346,7 +346,8 @@ static __device__ __forceinline__ void copy16(u32 dst, const void *src, int byte
                  :: "r"(dst), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-static __device__ __forceinline__ void copy_commit() {}
+// The loads of the next copies stay behind it, or they would take more registers than there are.
+static __device__ __forceinline__ void copy_commit() { __syncwarp(); }
 template <int N> static __device__ __forceinline__ void copy_wait() {}
 
 // ---- Ring primitives: a stage is filled, has landed, is released ---------------------
