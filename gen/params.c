@@ -75,6 +75,7 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_ROUND_BLOCKS", p->round_blocks);
     put_int(f, "PLAN_HEAD_GROUP", p->head_group);
     put_int(f, "PLAN_GROUPS", p->groups);
+    put_int(f, "PLAN_KV_AHEAD", p->kv_ahead);
     put_int(f, "PLAN_SPLIT_MIN", p->split_min);
     put_int(f, "PLAN_MAX_SPLITS", p->max_splits);
     put_int(f, "PLAN_UNROLL", p->unroll_layers);
@@ -88,6 +89,7 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_SCRATCH_BYTES", p->scratch_bytes);
     put_int(f, "PLAN_PREFILL_TOKENS", p->prefill_tokens);
     put_int(f, "PLAN_PREFILL_SMEM_BYTES", p->prefill_smem_bytes);
+    put_int(f, "PLAN_MOST_STAGES", p->most_stages);
     put_int(f, "PLAN_GEMM_M", p->gemm_m);
     put_int(f, "PLAN_GEMM_N", p->gemm_n);
     put_int(f, "PLAN_GEMM_K", p->gemm_k);

@@ -417,6 +417,7 @@ static void choose_prefill(struct gen_plan *p, unsigned long set)
         p->flash_m = 128;
     if (!is_set(set, AT(flash_n)))
         p->flash_n = 64;
+    p->most_stages = p->family == 75 ? 2 : 8;
     while (prefill_smem(p) > p->gpu.smem_block && shrink_prefill(p, set))
         ;
 }
@@ -443,6 +444,7 @@ static void choose_decode(struct gen_plan *p, unsigned long set)
     if (!is_set(set, AT(dtype)))
         p->dtype = p->family == 75 || m->dtype == GEN_FP16 ? GEN_FP16 : GEN_BF16;
     p->groups = ceil_div(ratio, p->head_group);
+    p->kv_ahead = p->family < 90 || p->head_group > 2 ? 2 : 4; /* as registers allow */
     p->max_splits = max_int(1, p->ctas / (m->K * p->groups));
 }
 

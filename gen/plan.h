@@ -56,6 +56,8 @@ struct gen_plan {
     int head_group;         /* q heads of one attention task */
     int groups;             /* tasks per KV head and split: ceil(H / K / head_group) */
     int max_splits;
+    int most_stages;        /* prefill: of a pipeline of copies; sm_75 copies at once */
+    int kv_ahead;           /* cache rows that a lane reads ahead in attention */
     struct gen_phase phase[GEN_PHASES];
     int stage_bytes;        /* of a ring stage */
     int64_t layer_bytes;    /* of one layer in one CTA's stream */

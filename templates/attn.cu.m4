@@ -125,7 +125,7 @@ t_if(MODEL_QK_NORM, {|                x.norm(k_norm);
 // LANES lanes takes a position.
 struct Rows {
     static constexpr int LANES = E / 8, AT_ONCE = 32 / LANES; // positions that a warp reads side by side
-    static constexpr int AHEAD = t_if(PLAN_FAMILY < 90, 2, {|HEAD_GROUP > 2 ? 2 : 4|}); // as registers allow
+    static constexpr int AHEAD = KV_AHEAD;
     static constexpr int WARP = AT_ONCE * AHEAD; // positions of a warp
     uint4 key[AHEAD], value[AHEAD];
 

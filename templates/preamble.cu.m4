@@ -37,6 +37,7 @@ constexpr int INFLIGHT_HOP = PLAN_INFLIGHT_HOP; // the same while a hop is await
 constexpr int ROUND = PLAN_ROUND_BLOCKS; // blocks between two barriers
 constexpr int HEAD_GROUP = PLAN_HEAD_GROUP; // query heads of an attention task
 constexpr int GROUPS = PLAN_GROUPS; // tasks of a KV head and split
+constexpr int KV_AHEAD = PLAN_KV_AHEAD; // rows of the cache that a lane reads ahead
 constexpr int SPLIT_MIN = PLAN_SPLIT_MIN; // positions that are worth another split
 constexpr int MAX_SPLITS = PLAN_MAX_SPLITS;
 constexpr u64 WATCHDOG_NS = 2000000000; // without progress, then trap

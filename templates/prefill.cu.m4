@@ -5,7 +5,7 @@ constexpr int PREFILL_WARPS = 8;
 constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
 constexpr int PREFILL_TOKENS = PLAN_PREFILL_TOKENS; // of a launch at most
 constexpr int FEW_TOKENS = 64; // up to here the weight read is the floor: read ahead
-constexpr int MOST_STAGES = t_if(PLAN_FAMILY == 75, 2, 8); // of a pipeline of copies
+constexpr int MOST_STAGES = PLAN_MOST_STAGES; // of a pipeline of copies
 constexpr int WORK_BYTES = PLAN_PREFILL_SMEM_BYTES - 1024;
 
 struct Prefill_shared {

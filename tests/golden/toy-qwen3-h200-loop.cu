@@ -36,6 +36,7 @@ constexpr int INFLIGHT_HOP = 2; // the same while a hop is awaited
 constexpr int ROUND = 8; // blocks between two barriers
 constexpr int HEAD_GROUP = 2; // query heads of an attention task
 constexpr int GROUPS = 1; // tasks of a KV head and split
+constexpr int KV_AHEAD = 4; // rows of the cache that a lane reads ahead
 constexpr int SPLIT_MIN = 128; // positions that are worth another split
 constexpr int MAX_SPLITS = 16;
 constexpr u64 WATCHDOG_NS = 2000000000; // without progress, then trap
@@ -926,7 +927,7 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
 // LANES lanes takes a position.
 struct Rows {
     static constexpr int LANES = E / 8, AT_ONCE = 32 / LANES; // positions that a warp reads side by side
-    static constexpr int AHEAD = HEAD_GROUP > 2 ? 2 : 4; // as registers allow
+    static constexpr int AHEAD = KV_AHEAD;
     static constexpr int WARP = AT_ONCE * AHEAD; // positions of a warp
     uint4 key[AHEAD], value[AHEAD];
 
