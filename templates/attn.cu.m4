@@ -96,8 +96,8 @@ t_if(MODEL_QK_NORM, {|            x.norm(q_norm);
 |})m4_dnl
             x.rotate(rope);
             for (int j = 0; j < Head_values::PAIRS; j++) {
-                A.q[i][lane + j * 32] = x.a[j] * PLAN_SOFTMAX_SCALE;
-                A.q[i][lane + j * 32 + E / 2] = x.b[j] * PLAN_SOFTMAX_SCALE;
+                A.q[i][lane + j * 32] = x.a[j] * SOFTMAX_SCALE;
+                A.q[i][lane + j * 32 + E / 2] = x.b[j] * SOFTMAX_SCALE;
             }
         } else if (last) {
             half *to = i == HEAD_GROUP ? A.key : A.value;

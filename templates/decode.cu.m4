@@ -110,7 +110,7 @@ static __device__ __forceinline__ void layers()
 {
 t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 1, {|
     t_note({|layer t_2d(LAYER)|})
-    qkv(LAYER, PLAN_VEC_AT(LAYER, BIAS));
+    qkv(LAYER{||}t_if(MODEL_QKV_BIAS, {|, PLAN_VEC_AT(LAYER, BIAS)|}));
     attn(LAYER, PLAN_KV_AT(LAYER), PLAN_VEC_AT(LAYER, START));
     attn_merge(LAYER);
     attn_out(LAYER);
@@ -122,7 +122,7 @@ t_if(PLAN_FAULT == 1 && LAYER == 0, {|    planted_hang();
     add_norm(LAYER, HOP_DOWN, AT_DOWN, PLAN_VEC_AT(LAYER, NEXT_NORM));
 |})|}, {|    #pragma unroll 1
     for (int layer = 0; layer < L; layer++) {
-        qkv(layer, layer * VEC_LAYER + VEC_BIAS);
+        qkv(layer{||}t_if(MODEL_QKV_BIAS, {|, layer * VEC_LAYER + VEC_BIAS|}));
         attn(layer, layer * KV_LAYER, layer * VEC_LAYER);
         attn_merge(layer);
         attn_out(layer);

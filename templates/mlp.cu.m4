@@ -12,7 +12,7 @@ static __device__ __noinline__ void mlp(int layer)
             if (row < n * 4) {
                 const float gate = row_total(part, row / 8 * 16 + row % 8);
                 const float up = row_total(part, row / 8 * 16 + 8 + row % 8);
-                value = gate / (1.0f + __expf(-gate)) * up * PLAN_MLP_SCALE;
+                value = gate / (1.0f + __expf(-gate)) * up * MLP_SCALE;
             }
             send_blocks(S->args.exchange + HOP_MLP, tag, n / 2 - warp * 4, value,
                         [&](int b) { return my_block<Mlp>(first + warp * 8 + b * 2) / 2; });
@@ -27,6 +27,6 @@ static __device__ __noinline__ void mlp_down(int layer)
     consumer_barrier(); // x is free
     await_x<F>(S->args.exchange + HOP_MLP, tag, AT_MLP);
     multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag,
-                        1.0f / PLAN_MLP_SCALE);
+                        1.0f / MLP_SCALE);
 }
 

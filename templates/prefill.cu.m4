@@ -418,7 +418,7 @@ t_if(MODEL_QK_NORM, {|                x[i].norm(q_norm);
 |})m4_dnl
                 x[i].rotate(rope);
                 to = (half *)prefill_x() + ((u64)token * H + head) * E;
-                scale = PLAN_SOFTMAX_SCALE;
+                scale = SOFTMAX_SCALE;
             } else if (head < H + K) {
 t_if(MODEL_QK_NORM, {|                x[i].norm(k_norm);
 |})m4_dnl
@@ -638,7 +638,7 @@ static __device__ __noinline__ void prefill_o(u64 at)
 
 static __device__ __forceinline__ float silu_product(float gate, float up)
 {
-    return __fdividef(gate, 1.0f + __expf(-gate)) * up * PLAN_MLP_SCALE;
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up * MLP_SCALE;
 }
 
 // y = silu(x W_gate) * (x W_up).  Gate and up blocks come in turn; y is padded with zeros up to
@@ -664,7 +664,7 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
 
 static __device__ __noinline__ void prefill_down(u64 at)
 {
-    multiply_add<Down>(at, 1.0f / PLAN_MLP_SCALE);
+    multiply_add<Down>(at, 1.0f / MLP_SCALE);
     read_ahead(at - DOWN_OFFSET + LAYER_BYTES, O_OFFSET); // q, k, v of the next layer
 }
 

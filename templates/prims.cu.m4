@@ -29,7 +29,6 @@ static __device__ __forceinline__ u32 pack(float lo, float hi)
 static __device__ __forceinline__ float low(u32 x) { return to_float((half)(x & 0xffff)); }
 static __device__ __forceinline__ float high(u32 x) { return to_float((half)(x >> 16)); }|}, {|static __device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
 static __device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
-static __device__ __forceinline__ float to_float(half x) { return low(x); }
 
 // Two floats as one register of bf16: LO in the lower half.
 static __device__ __forceinline__ u32 pack(float lo, float hi)

@@ -1,7 +1,7 @@
 t_section({|q, k, v = x W (+ bias)|})
 
 // Sends the rows [H][E], [K][E], [K][E] to hop QKV.
-static __device__ __noinline__ void qkv(int layer, int bias)
+static __device__ __noinline__ void qkv(int layer{||}t_if(MODEL_QKV_BIAS, {|, int bias|}))
 {
     const u32 tag = layer_tag(layer);
     multiply<Qkv>(layer_chunk(layer), [&](int first, int n, const float (*part)[WARPS]) {

@@ -284,7 +284,7 @@ static int kernel_failed(const struct options *o, int arch, int rc, const struct
 /* Write what must be compiled.  Returns 0, CLI_FAILED, or -1: skipped. */
 static int write_kernel(const struct options *o, const struct rt_key *key)
 {
-    static const char *const how[] = { "", "compiled", "found in the cache", "found in a pack" };
+    static const char *const how[] = { "", "compiled", "found in the cache" };
     struct rt_kernel *k = NULL;
     struct mk_err err;
     double start = cli_now();

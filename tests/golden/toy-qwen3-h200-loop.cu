@@ -36,6 +36,8 @@ constexpr int INFLIGHT_HOP = 2; // the same while a hop is awaited
 constexpr int ROUND = 8; // blocks between two barriers
 constexpr int HEAD_GROUP = 2; // query heads of an attention task
 constexpr int GROUPS = 1; // tasks of a KV head and split
+constexpr float SOFTMAX_SCALE = 0.180336878f; // log2(e) / sqrt(E): of exp2
+constexpr float MLP_SCALE = 1.0f; // of the MLP product, against fp16 overflow
 constexpr int KV_AHEAD = 4; // rows of the cache that a lane reads ahead
 constexpr int SPLIT_MIN = 128; // positions that are worth another split
 constexpr int MAX_SPLITS = 16;
@@ -200,7 +202,6 @@ static __device__ __forceinline__ u32 shared_address(const void *p)
 
 static __device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
 static __device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
-static __device__ __forceinline__ float to_float(half x) { return low(x); }
 
 // Two floats as one register of bf16: LO in the lower half.
 static __device__ __forceinline__ u32 pack(float lo, float hi)
@@ -787,7 +788,7 @@ static __device__ __noinline__ void add_norm(int layer, int from, u32 stage, int
 // ---- q, k, v = x W (+ bias) ----------------------------------------------------------
 
 // Sends the rows [H][E], [K][E], [K][E] to hop QKV.
-static __device__ __noinline__ void qkv(int layer, int bias)
+static __device__ __noinline__ void qkv(int layer)
 {
     const u32 tag = layer_tag(layer);
     multiply<Qkv>(layer_chunk(layer), [&](int first, int n, const float (*part)[WARPS]) {
@@ -899,8 +900,8 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
             x.norm(q_norm);
             x.rotate(rope);
             for (int j = 0; j < Head_values::PAIRS; j++) {
-                A.q[i][lane + j * 32] = x.a[j] * 0.180336878f;
-                A.q[i][lane + j * 32 + E / 2] = x.b[j] * 0.180336878f;
+                A.q[i][lane + j * 32] = x.a[j] * SOFTMAX_SCALE;
+                A.q[i][lane + j * 32 + E / 2] = x.b[j] * SOFTMAX_SCALE;
             }
         } else if (last) {
             half *to = i == HEAD_GROUP ? A.key : A.value;
@@ -1177,7 +1178,7 @@ static __device__ __noinline__ void mlp(int layer)
             if (row < n * 4) {
                 const float gate = row_total(part, row / 8 * 16 + row % 8);
                 const float up = row_total(part, row / 8 * 16 + 8 + row % 8);
-                value = gate / (1.0f + __expf(-gate)) * up * 1.0f;
+                value = gate / (1.0f + __expf(-gate)) * up * MLP_SCALE;
             }
             send_blocks(S->args.exchange + HOP_MLP, tag, n / 2 - warp * 4, value,
                         [&](int b) { return my_block<Mlp>(first + warp * 8 + b * 2) / 2; });
@@ -1192,7 +1193,7 @@ static __device__ __noinline__ void mlp_down(int layer)
     consumer_barrier(); // x is free
     await_x<F>(S->args.exchange + HOP_MLP, tag, AT_MLP);
     multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag,
-                        1.0f / 1.0f);
+                        1.0f / MLP_SCALE);
 }
 
 // ---- Head and sampler ----------------------------------------------------------------
@@ -1534,7 +1535,7 @@ static __device__ __forceinline__ void layers()
 {
     #pragma unroll 1
     for (int layer = 0; layer < L; layer++) {
-        qkv(layer, layer * VEC_LAYER + VEC_BIAS);
+        qkv(layer);
         attn(layer, layer * KV_LAYER, layer * VEC_LAYER);
         attn_merge(layer);
         attn_out(layer);
@@ -2120,7 +2121,7 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
                 x[i].norm(q_norm);
                 x[i].rotate(rope);
                 to = (half *)prefill_x() + ((u64)token * H + head) * E;
-                scale = 0.180336878f;
+                scale = SOFTMAX_SCALE;
             } else if (head < H + K) {
                 x[i].norm(k_norm);
                 x[i].rotate(rope);
@@ -2339,7 +2340,7 @@ static __device__ __noinline__ void prefill_o(u64 at)
 
 static __device__ __forceinline__ float silu_product(float gate, float up)
 {
-    return __fdividef(gate, 1.0f + __expf(-gate)) * up * 1.0f;
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up * MLP_SCALE;
 }
 
 // y = silu(x W_gate) * (x W_up).  Gate and up blocks come in turn; y is padded with zeros up to
@@ -2365,7 +2366,7 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
 
 static __device__ __noinline__ void prefill_down(u64 at)
 {
-    multiply_add<Down>(at, 1.0f / 1.0f);
+    multiply_add<Down>(at, 1.0f / MLP_SCALE);
     read_ahead(at - DOWN_OFFSET + LAYER_BYTES, O_OFFSET); // q, k, v of the next layer
 }
 
