@@ -696,9 +696,19 @@ static int fail_unknown(const char *where, struct mk_err *err)
                     "known are: %s", where, n ? list : "none (no models folder was found)");
 }
 
+/* Does FOLDER have a config.json, of whatever kind? */
+static int has_config(const char *folder)
+{
+    char file[4400];
+    struct stat st;
+
+    return snprintf(file, sizeof(file), "%s/config.json", folder) >= (int)sizeof(file) ||
+           lstat(file, &st) == 0;
+}
+
 int gen_model_read(const char *where, struct gen_model *out, struct mk_err *err)
 {
-    const char *folder = where;
+    const char *folder = where, *carried;
     struct stat st;
     char *path = NULL;
     int rc;
@@ -711,6 +721,8 @@ int gen_model_read(const char *where, struct gen_model *out, struct mk_err *err)
             return fail_unknown(where, err);
     } else if (!S_ISDIR(st.st_mode)) {
         return read_file(where, out, err);
+    } else if (!has_config(where) && (carried = gen_model_folder(where))) {
+        folder = carried;       /* a folder that happens to have a carried model's name */
     }
     if (asprintf(&path, "%s/config.json", folder) < 0)
         return gen_fail(err, MK_ENOMEM, "%s: no memory", where);

@@ -458,6 +458,9 @@ static void test_search(void)
     if (chdir(scratch) == 0) {
         CHECK_STR(gen_model_folder("toy-1"), "models/toy-1");
         CHECK(gen_model_read("toy-1", &m, NULL) == 0);
+        mkdir("toy-1", 0700);           /* a folder of that name that is no model */
+        CHECKF(gen_model_read("toy-1", &m, &err) == 0, "%s", err.text);
+        rmdir("toy-1");
         CHECK(chdir(toy) == 0 && gen_model_read(".", &m, &err) == 0);
         CHECK_STR(m.name, "toy-1");
     }
