@@ -12,10 +12,18 @@
    plan_file  "key = value" lines, '#' comments; NULL: none
    set        "key=value" strings, NULL at the end, win over the file; NULL: none
    Returns 0, MK_EINVAL (unknown key, value out of range, or a plan that does not fit: says
-   what would), MK_EIO, MK_EFORMAT. */
+   what would), MK_EIO, MK_EFORMAT, MK_ENOMEM. */
 int gen_plan_make(const struct gen_model *m, const struct gen_gpu *g, int context,
                   const char *plan_file, const char *const *set,
                   struct gen_plan *out, struct mk_err *err);
+
+/* Prove that decode can neither deadlock nor overwrite words of a hop that are still read, and
+   that hops, chunks and ring fit; gen_plan_make does it to every plan.
+   Returns 0, MK_EINVAL (names hop, stage and CTAs), MK_ENOMEM. */
+int gen_plan_check(const struct gen_plan *p, struct mk_err *err);
+/* What word WORD of the exchange is and who sends it: "hop O word 17 (rows 46..47), sent by
+   CTA 5".  Always ends OUT, of SIZE > 0 bytes, with a 0. */
+void gen_hop_describe(const struct gen_plan *p, int word, char *out, size_t size);
 
 /* The text of params.m4 for PLAN: everything that the templates are told.  The caller
    frees; NULL: no memory. */

@@ -32,19 +32,19 @@
             hand: their clusters stand at one CTA each, and a running program asks the driver.
    b300     clock and L2 are taken from b200. */
 static const struct gen_gpu profiles[] = {
-    {"h200", 90, 132, KIB(227), KIB(228), MIB(60), 1980, 4800, GB(141), {132, 66, 30, 15, 7}},
-    {"h100", 90, 132, KIB(227), KIB(228), MIB(50), 1980, 3350, GB(80), {132}},
-    {"a100", 80, 108, KIB(163), KIB(164), MIB(40), 1410, 2039, GB(80), {108}},
-    {"l4", 89, 58, KIB(99), KIB(100), MIB(48), 2040, 300, GB(24), {58}},
-    {"rtx3090", 86, 82, KIB(99), KIB(100), MIB(6), 1695, 936, GB(24), {82}},
-    {"rtx4090", 89, 128, KIB(99), KIB(100), MIB(72), 2520, 1008, GB(24), {128}},
-    {"rtx5090", 120, 170, KIB(99), KIB(100), MIB(96), 2407, 1792, GB(32), {170}},
-    {"b200", 100, 148, KIB(227), KIB(228), MIB(126), 1965, 8000, GB(180), {148}},
-    {"b300", 103, 148, KIB(227), KIB(228), MIB(126), 1965, 8000, GB(288), {148}},
-    {"t4", 75, 40, KIB(64), KIB(64), MIB(4), 1590, 320, GB(16), {40}},
-    {"orin", 87, 16, KIB(163), KIB(164), MIB(4), 1300, 204, GB(64), {16}},
-    {"thor", 110, 20, KIB(227), KIB(228), MIB(32), 1575, 273, GB(128), {20}},
-    {"gb10", 121, 48, KIB(99), KIB(100), MIB(24), 2418, 273, GB(128), {48}},
+    {"h200", 90, 132, KIB(227), KIB(228), MIB(60), 1980, 4800, GB(141), {132, 66, 30, 15, 7}, 0},
+    {"h100", 90, 132, KIB(227), KIB(228), MIB(50), 1980, 3350, GB(80), {132}, 0},
+    {"a100", 80, 108, KIB(163), KIB(164), MIB(40), 1410, 2039, GB(80), {108}, 0},
+    {"l4", 89, 58, KIB(99), KIB(100), MIB(48), 2040, 300, GB(24), {58}, 0},
+    {"rtx3090", 86, 82, KIB(99), KIB(100), MIB(6), 1695, 936, GB(24), {82}, 0},
+    {"rtx4090", 89, 128, KIB(99), KIB(100), MIB(72), 2520, 1008, GB(24), {128}, 0},
+    {"rtx5090", 120, 170, KIB(99), KIB(100), MIB(96), 2407, 1792, GB(32), {170}, 0},
+    {"b200", 100, 148, KIB(227), KIB(228), MIB(126), 1965, 8000, GB(180), {148}, 0},
+    {"b300", 103, 148, KIB(227), KIB(228), MIB(126), 1965, 8000, GB(288), {148}, 0},
+    {"t4", 75, 40, KIB(64), KIB(64), MIB(4), 1590, 320, GB(16), {40}, 0},
+    {"orin", 87, 16, KIB(163), KIB(164), MIB(4), 1300, 204, GB(64), {16}, 0},
+    {"thor", 110, 20, KIB(227), KIB(228), MIB(32), 1575, 273, GB(128), {20}, 0},
+    {"gb10", 121, 48, KIB(99), KIB(100), MIB(24), 2418, 273, GB(128), {48}, 0},
 };
 enum { N_PROFILES = sizeof(profiles) / sizeof(profiles[0]) };
 
@@ -115,6 +115,21 @@ int gen_gpu_default(int arch, struct gen_gpu *out, struct mk_err *err)
     }
     return gen_fail(err, MK_EUNSUPPORTED, "architecture %d is not supported; known are %s", arch,
                     list_archs(list, sizeof(list)));
+}
+
+int gen_gpu_host(int arch, struct gen_gpu *out)
+{
+    enum { SMS = 4 };
+    int rc = gen_gpu_default(arch, out, NULL);
+
+    if (rc)
+        return rc;
+    snprintf(out->name, sizeof(out->name), "host-sm_%d", arch);
+    out->host = 1;
+    out->sms = SMS;
+    for (int i = 0; i < 5; i++)
+        out->clusters[i] = i == 0 || arch >= 90 ? SMS >> i : 0;
+    return 0;
 }
 
 int gen_gpu_arch(const char *text, int *arch, struct mk_err *err)

@@ -14,6 +14,7 @@ struct gen_gpu {
     int mem_gbps;           /* memory bandwidth of the data sheet, GB/s (1e9) */
     int64_t mem_bytes;      /* device memory; 0: unknown */
     int clusters[5];        /* clusters of 1, 2, 4, 8, 16 CTAs that fit at once with full shared memory; 0: none */
+    int host;               /* 1: emulated on the CPU by libmkhost; never in a profile or a file */
 };
 
 /* Profile NAME ("h200"), or a file of "key = value" lines as printed by gen_gpu_print.
@@ -21,6 +22,9 @@ struct gen_gpu {
 int gen_gpu_read(const char *where, struct gen_gpu *out, struct mk_err *err);
 /* The default profile of an architecture (90 -> h200).  Returns 0 or MK_EUNSUPPORTED. */
 int gen_gpu_default(int arch, struct gen_gpu *out, struct mk_err *err);
+/* The emulated GPU of an architecture, "host-sm_90": its default profile with 4 SMs.
+   Returns 0 or MK_EUNSUPPORTED. */
+int gen_gpu_host(int arch, struct gen_gpu *out);
 /* "sm_90", "sm_90a" or "90" -> 90.  Returns 0 or MK_EUNSUPPORTED (lists what we know). */
 int gen_gpu_arch(const char *text, int *arch, struct mk_err *err);
 const char *gen_gpu_profile(int i);            /* names, NULL past the end */

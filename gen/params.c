@@ -57,6 +57,7 @@ static void put_model(FILE *f, const struct gen_plan *p)
     put_int(f, "MODEL_QK_NORM", m->qk_norm);
     put_int(f, "MODEL_QKV_BIAS", m->qkv_bias);
     put_int(f, "GPU_ARCH", p->gpu.arch);
+    put_int(f, "PLAN_HOST", p->gpu.host);
 }
 
 static void put_choices(FILE *f, const struct gen_plan *p)
@@ -165,7 +166,7 @@ static void put_layer(FILE *f, const struct gen_plan *p, int layer)
 #define PRINT_FIELD(c, cu, name, remark)                                                           \
     fprintf(f, "    %s%s%s; // %s\n", #cu, #cu[sizeof #cu - 2] == '*' ? "" : " ", #name, remark);
 #define PRINT_CHECK(c, cu, name, remark)                                                           \
-    fprintf(f, "static_assert(__INTADDR__(&((%s *)0)->" #name ") == %zu, \"layout\");\n", type,    \
+    fprintf(f, "static_assert(OFFSET(%s, " #name ") == %zu, \"layout\");\n", type,                 \
             offsetof(struct CHECKED, name));
 
 static void put_abi(FILE *f)
@@ -253,6 +254,7 @@ static void dump_choices(FILE *f, const struct gen_plan *p)
     fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\nfault = %s\n",
             p->flash_m, p->flash_n, p->unroll_layers ? "loop" : "list",
             p->dtype == GEN_FP16 ? "fp16" : "bf16", p->fault ? "hang" : "none");
+    fprintf(f, "epoch0 = %u\n", p->epoch0);
 }
 
 static void dump_tables(FILE *f, const struct gen_plan *p)

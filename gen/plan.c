@@ -65,6 +65,7 @@ static const struct key keys[] = {
      "layers as a list of calls, or as a loop"},
     {"dtype", AT(dtype), 0, 1, "bf16|fp16", "resident type of weights and KV cache"},
     {"fault", AT(fault), 0, 1, "none|hang", "for tests: a CTA that never answers"},
+    {"epoch0", AT(epoch0), 1, 2147000000, NULL, "for tests: first tag of the exchange"},
     {NULL, 0, 0, 0, NULL, NULL}};
 
 const char *gen_plan_key(int i)
@@ -328,14 +329,16 @@ static void plan_hops(struct gen_plan *p)
         [GEN_HOP_MLP] = m->F / 8 * 3,
         [GEN_HOP_DOWN] = m->D / 8 * 3,
         [GEN_HOP_BEST] = p->ctas,
-        [GEN_HOP_COUNT] = 2 * p->ctas * 16,
+        [GEN_HOP_COUNT] = p->ctas * 16,
     };
 
     p->exchange_words = 0;
     for (int i = 0; i < GEN_HOPS; i++) {
+        p->hop_buffers[i] = i == GEN_HOP_COUNT ? 2 : 1; /* it follows itself at once */
         p->hop_offset[i] = p->exchange_words;
-        p->hop_words[i] = words[i];
-        p->exchange_words += (int) align_up(words[i], 8); /* a hop begins on its own 128 bytes */
+        p->hop_words[i] = words[i] * p->hop_buffers[i];
+        p->exchange_words +=
+            (int) align_up(p->hop_words[i], 8); /* a hop begins on its own 128 bytes */
     }
 }
 
@@ -612,5 +615,6 @@ int gen_plan_make(const struct gen_model *m, const struct gen_gpu *g, int contex
     choose_prefill(out, set);
     choose_ring(out, set);
     plan_prefill(out);
-    return check_plan(out, err);
+    rc = check_plan(out, err);
+    return rc ? rc : gen_plan_check(out, err);
 }

@@ -73,8 +73,8 @@ struct gen_plan {
     /* KV cache: [L][K][2][context][E] resident type; strides in elements. */
     int64_t kv_layer, kv_head, kv_bytes;
 
-    /* Exchange buffers: first word and words of each hop. */
-    int hop_offset[GEN_HOPS], hop_words[GEN_HOPS], exchange_words;
+    /* Exchange: first word and words of each hop; tag T is sent into buffer T % buffers. */
+    int hop_offset[GEN_HOPS], hop_words[GEN_HOPS], hop_buffers[GEN_HOPS], exchange_words;
 
     /* Shared memory of the decode kernel. */
     int x_elems;            /* columns of the widest phase, padded */

@@ -122,6 +122,7 @@ static int open_all(struct rt_bench *b, const char *where, int context, struct m
 {
     const struct rt_engine_options options = {
         b->options.cubin_path, b->options.plan_file, b->options.set, tell_progress, tell_warning, b,
+        "gpu",
     };
     int rc = gen_model_read(where, &b->model, err);
 

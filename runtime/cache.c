@@ -19,6 +19,7 @@
 #include <xxhash.h>
 
 #include "gen/gen.h"
+#include "runtime/cxx.h"
 #include "runtime/nvrtc.h"
 
 #define KEY_FORMAT   1                  /* of the file "key"; a new one makes old entries misses */
@@ -54,7 +55,7 @@ struct made {
     size_t src_size;
     unsigned char *cubin;
     size_t size;
-    char nvrtc[32];
+    char tool[16], version[96];     /* "nvrtc" and "13.0"; "compiler" and what it says of itself */
 };
 
 static void made_free(struct made *m)
@@ -105,9 +106,9 @@ static int work_start(struct work *w, const struct rt_key *key, struct mk_err *e
     if (!key_is_good(key))
         return gen_fail(err, MK_EINVAL, "a kernel's key has a malformed name, architecture, "
                         "digest, version or options");
-    n = asprintf(&w->text, "format = %d\nname = %s\narch = sm_%d\ntemplates = %s\nversion = %s\n"
-                 "options = %s\n", KEY_FORMAT, key->name, key->arch, key->templates,
-                 key->version, key->options);
+    n = asprintf(&w->text, "format = %d\nname = %s\narch = %ssm_%d\ntemplates = %s\nversion = %s\n"
+                 "options = %s\n", KEY_FORMAT, key->name, key->host ? "host-" : "", key->arch,
+                 key->templates, key->version, key->options);
     if (n < 0)
         w->text = NULL;
     both = n < 0 ? NULL : malloc((size_t) n + 1 + params);
@@ -115,7 +116,8 @@ static int work_start(struct work *w, const struct rt_key *key, struct mk_err *e
         return gen_fail(err, MK_ENOMEM, "no memory for a kernel's key");
     memcpy(both, w->text, (size_t) n + 1);
     memcpy(both + n + 1, key->params, params);
-    w->prefix = (size_t) snprintf(w->name, sizeof w->name, "%s-sm_%d-", key->name, key->arch);
+    w->prefix = (size_t) snprintf(w->name, sizeof w->name, "%s-%ssm_%d-", key->name,
+                                  key->host ? "host-" : "", key->arch);
     snprintf(w->name + w->prefix, sizeof w->name - w->prefix, "%016llx",
              (unsigned long long) XXH3_64bits(both, (size_t) n + 1 + params));
     free(both);
@@ -318,8 +320,8 @@ static void close_place(struct place *p)
 static char *provenance(const struct made *m)
 {
     char *body = NULL, *text = NULL;
-    int n = asprintf(&body, "nvrtc = %s\nsource_bytes = %zu\nsource_xxh3 = %016llx\n"
-                     "cubin_bytes = %zu\ncubin_xxh3 = %016llx\n", m->nvrtc,
+    int n = asprintf(&body, "%s = %s\nsource_bytes = %zu\nsource_xxh3 = %016llx\n"
+                     "cubin_bytes = %zu\ncubin_xxh3 = %016llx\n", m->tool, m->version,
                      m->src_size, (unsigned long long) XXH3_64bits(m->src, m->src_size),
                      m->size, (unsigned long long) XXH3_64bits(m->cubin, m->size));
 
@@ -360,7 +362,7 @@ static int read_made(int dir, int own, struct made *m)
     m->cubin = (unsigned char *) cubin;
     if (rc == 0)
         rc = read_file(dir, "provenance", own, &said, &said_size);
-    if (rc == 0 && sscanf(said, "nvrtc = %31[^\n]", m->nvrtc) != 1)
+    if (rc == 0 && sscanf(said, "%15[a-z] = %95[^\n]", m->tool, m->version) != 2)
         rc = MK_EFORMAT;
     if (rc == 0) {
         want = provenance(m);
@@ -542,7 +544,7 @@ static int store(const struct work *w, const struct place *p, const struct made 
 /* ---- Making --------------------------------------------------------------- */
 
 /* Tell that we work: a guess that grows with time and never arrives.  One second per 20 kB
-   of source and two more is near what NVRTC takes. */
+   of source and two more is near what NVRTC and g++ take. */
 static void tick(const struct work *w, size_t src_size)
 {
     struct timespec now;
@@ -560,16 +562,33 @@ struct job {
     pthread_cond_t end;
     int done, rc;
     const struct work *w;
+    const struct place *p;
     struct made *m;
     struct mk_err err;
 };
+
+/* Compile for the emulated device, so that a debugger finds the source in the entry. */
+static int compile_host(const struct job *j, struct mk_err *err)
+{
+    char *folder = j->p->fd >= 0 ? realpath(j->p->path, NULL) : NULL, *path = NULL;
+    int rc;
+
+    if (folder && asprintf(&path, "%s/%s/kernel.cu", folder, j->w->name) < 0)
+        path = NULL;
+    rc = rt_cxx_compile(j->m->src, path ? path : "kernel.cu", j->w->key->options, &j->m->cubin,
+                        &j->m->size, err);
+    free(path);
+    free(folder);
+    return rc;
+}
 
 static void *compile(void *arg)
 {
     struct job *j = arg;
     const struct rt_key *key = j->w->key;
-    int rc = rt_nvrtc_compile(j->m->src, "kernel.cu", key->arch, key->options, &j->m->cubin,
-                              &j->m->size, NULL, &j->err);
+    int rc = key->host ? compile_host(j, &j->err)
+                       : rt_nvrtc_compile(j->m->src, "kernel.cu", key->arch, key->options,
+                                          &j->m->cubin, &j->m->size, NULL, &j->err);
 
     pthread_mutex_lock(&j->lock);
     j->rc = rc;
@@ -579,7 +598,7 @@ static void *compile(void *arg)
     return NULL;
 }
 
-/* Start NVRTC in a thread of its own with every signal blocked: handlers run in the
+/* Start the compiler in a thread of its own with every signal blocked: handlers run in the
    caller's threads.  Returns 0 or an error number. */
 static int start_thread(struct job *j, pthread_t *thread)
 {
@@ -598,10 +617,11 @@ static int start_thread(struct job *j, pthread_t *thread)
     return e;
 }
 
-/* Run NVRTC over m->src, and tell the caller's progress function meanwhile. */
-static int compile_with_progress(const struct work *w, struct made *m, struct mk_err *err)
+/* Compile m->src, and tell the caller's progress function meanwhile. */
+static int compile_with_progress(const struct work *w, const struct place *p, struct made *m,
+                                 struct mk_err *err)
 {
-    struct job j = { .lock = PTHREAD_MUTEX_INITIALIZER, .w = w, .m = m };
+    struct job j = { .lock = PTHREAD_MUTEX_INITIALIZER, .w = w, .p = p, .m = m };
     pthread_condattr_t attr;
     struct timespec t;
     pthread_t thread;
@@ -636,7 +656,7 @@ static int compile_with_progress(const struct work *w, struct made *m, struct mk
     return j.rc;
 }
 
-/* Keep the source that NVRTC refused, and say where in front of ERR. */
+/* Keep the source that the compiler refused, and say where in front of ERR. */
 static void keep_source(const struct work *w, const struct place *p, const struct made *m,
                         struct mk_err *err)
 {
@@ -653,18 +673,36 @@ static void keep_source(const struct work *w, const struct place *p, const struc
         gen_fail_in(err, MK_ECOMPILE, "the source is kept as %s/%s", p->path, name);
 }
 
-static int make(const struct work *w, const struct place *p, struct made *m, struct mk_err *err)
+/* Is there a compiler?  Notes which. */
+static int find_tool(const struct work *w, struct made *m, struct mk_err *err)
 {
     const char *version;
-    int rc = rt_nvrtc_open(&version, err);
+    int rc;
+
+    if (w->key->host) {
+        strcpy(m->tool, "compiler");
+        return rt_cxx_version(w->key->options, m->version, sizeof m->version, err);
+    }
+    rc = rt_nvrtc_open(&version, err);
+    if (rc)
+        return rc;
+    strcpy(m->tool, "nvrtc");
+    snprintf(m->version, sizeof m->version, "%s", version);
+    return 0;
+}
+
+static int make(const struct work *w, const struct place *p, struct made *m, struct mk_err *err)
+{
+    int rc = find_tool(w, m, err);
 
     if (rc == 0)
         rc = gen_emit(w->key->params, &m->src, err);
+    if (rc == 0 && w->key->host)
+        rc = rt_cxx_fault(&m->src, err);
     if (rc)
         return rc;
     m->src_size = strlen(m->src);
-    snprintf(m->nvrtc, sizeof m->nvrtc, "%s", version);
-    rc = compile_with_progress(w, m, err);
+    rc = compile_with_progress(w, p, m, err);
     if (rc == MK_ECOMPILE)
         keep_source(w, p, m, err);
     return rc;

@@ -1,12 +1,13 @@
 /* cache.h - kernels by what they were made from: packs, the cache folder, the compiler.
 
-   An entry is a folder  NAME-sm_90-<16 hex digits of xxh3 over the key>/  with
+   An entry is a folder  NAME-sm_90-<16 hex digits of xxh3 over the key>/  (for the emulated
+   device NAME-host-sm_90-...)  with
      params.m4    what the templates got                 \
      key          the other inputs, "name = value" lines  } compared byte for byte on a hit
      kernel.cu    the emitted source
-     kernel.cubin what NVRTC made of it
-     provenance   "name = value" lines: nvrtc version, sizes and xxh3 of both files above,
-                  xxh3 of these lines
+     kernel.cubin what NVRTC made of it; for the emulated device a shared object
+     provenance   "name = value" lines: the version of nvrtc or of the C++ compiler, sizes and
+                  xxh3 of both files above, xxh3 of these lines
    Made in a private folder (.tmp-...) beside it, every file fsynced, published by rename.  An
    entry that does not match its own provenance is a miss, and is replaced.  Private
    folders that a killed process left are removed by a store an hour later.  Beside the
@@ -20,10 +21,11 @@
 struct rt_key {
     const char *name;        /* model name, [A-Za-z0-9._-] */
     int arch;
+    int host;                /* 1: for the emulated device, by the C++ compiler */
     const char *params;      /* the text of params.m4 */
     const char *templates;   /* digest of the templates, hex */
     const char *version;     /* of the generator */
-    const char *options;     /* of NVRTC */
+    const char *options;     /* of NVRTC, or of rt_cxx_options */
 };
 
 enum { RT_FROM_COMPILER = 1, RT_FROM_CACHE = 2, RT_FROM_PACK = 3 };
@@ -44,10 +46,10 @@ struct rt_kernel {
    still good.  MK_ECOMPILE: the source is kept in the cache folder as failed-<hash>.cu and
    err->text names it.  A pack's options need not equal ours (key.options).
    progress  called as "compile" about every 100 ms with a growing guess of the fraction, at
-             most 0.99, while NVRTC runs (in a thread of its own) or another process compiles,
-             and with 1 when NVRTC is done; or NULL
-   Returns 0, MK_ECOMPILE, MK_ETOOL, MK_EUNSUPPORTED, MK_ENOMEM, MK_EINVAL (a key with a name
-   or a line that cannot stand in a file). */
+             most 0.99, while the compiler runs (in a thread of its own) or another process
+             compiles, and with 1 when it is done; or NULL
+   Returns 0, MK_ECOMPILE, MK_ETOOL, MK_EUNSUPPORTED, MK_EIO, MK_ENOMEM, MK_EINVAL (a key with a
+   name or a line that cannot stand in a file). */
 int rt_kernel_get(const struct rt_key *key, const char *packs,
                   mk_progress_fn *progress, mk_warn_fn *warn, void *user,
                   struct rt_kernel **out, struct mk_err *err);

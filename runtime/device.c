@@ -1,15 +1,20 @@
-/* device.c - the CUDA driver, opened at run time.  The functions and numbers of the
-   driver API that we use are declared here; they are those of CUDA 12 and 13's cuda.h. */
+/* device.c - a driver library, opened at run time: NVIDIA's, or libmkhost, which has the same
+   functions and a few of its own.  The functions and numbers of the driver API that we use
+   are declared here; they are those of CUDA 12 and 13's cuda.h. */
+#define _GNU_SOURCE
 #include "runtime/device.h"
 
 #include <ctype.h>
 #include <dlfcn.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define MIN_DRIVER 12000    /* CUDA 12.0, driver 525: older ones load nothing that NVRTC 12 makes */
 #define MIN_ARCH   75       /* the oldest architecture that the templates know */
+#define HOST_ARCH  90       /* what "host" emulates when no architecture is named */
 
 /* Every driver function that we call, under the name that the library exports.
    CUresult is an int, CUdevice an int, the other handles are pointers. */
@@ -57,6 +62,13 @@
     F(cuEventSynchronize, (rt_event e))                                                     \
     F(cuEventElapsedTime, (float *ms, rt_event a, rt_event b))
 
+/* What only libmkhost has. */
+#define HOST(F)                                                                             \
+    F(mkhost_seed, void, (uint64_t seed))                                                   \
+    F(mkhost_report, const char *, (void))                                                  \
+    F(mkhost_label, void, (uint64_t base, uint64_t bytes, const char *name,                 \
+                           rt_label_fn *text, void *user))
+
 enum {                                      /* CUresult */
     CU_OUT_OF_MEMORY = 2,
     CU_INVALID_IMAGE = 200,
@@ -86,15 +98,21 @@ enum {
     HOSTALLOC_DEVICEMAP = 2
 };
 
-static struct {
+struct driver {
     int open;
 #define FIELD(name, args) int (*name) args;
+#define HOST_FIELD(name, type, args) type (*name) args;
     DRIVER(FIELD)
+    HOST(HOST_FIELD)
 #undef FIELD
-} cu;
-static pthread_mutex_t cu_lock = PTHREAD_MUTEX_INITIALIZER;
+#undef HOST_FIELD
+};
+static struct driver gpu_driver, host_driver;
+static pthread_mutex_t driver_lock = PTHREAD_MUTEX_INITIALIZER;
 
 struct rt_device {
+    const struct driver *cu;
+    int host;               /* architecture that libmkhost emulates here; 0: a GPU */
     int dev;                /* CUdevice */
     void *ctx;              /* CUcontext, the primary one */
     void *stream;           /* CUstream */
@@ -108,109 +126,210 @@ struct rt_device {
 /* ---- Errors --------------------------------------------------------------- */
 
 /* "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY (out of memory)". */
-static int fail_cu(struct mk_err *err, int code, int result, const char *call)
+static int fail_cu(const struct rt_device *d, struct mk_err *err, int code, int result,
+                   const char *call)
 {
     const char *name = NULL, *text = NULL;
 
-    if (cu.cuGetErrorName(result, &name) || !name)
+    if (d->cu->cuGetErrorName(result, &name) || !name)
         return gen_fail(err, code, "%s: unknown CUDA error %d", call, result);
-    if (cu.cuGetErrorString(result, &text) || !text)
+    if (d->cu->cuGetErrorString(result, &text) || !text)
         text = "no description";
     return gen_fail(err, code, "%s: %s (%s)", call, name, text);
 }
 
-static int check(struct mk_err *err, int result, const char *call)
+static int check(const struct rt_device *d, struct mk_err *err, int result, const char *call)
 {
     if (result == 0)
         return 0;
-    return fail_cu(err, result == CU_OUT_OF_MEMORY ? MK_ENOMEM : MK_EDEVICE, result, call);
+    return fail_cu(d, err, result == CU_OUT_OF_MEMORY ? MK_ENOMEM : MK_EDEVICE, result, call);
 }
 
 /* Make D's context current in the calling thread. */
 static int enter(const struct rt_device *d, struct mk_err *err)
 {
-    return check(err, cu.cuCtxSetCurrent(d->ctx), "cuCtxSetCurrent");
+    return check(d, err, d->cu->cuCtxSetCurrent(d->ctx), "cuCtxSetCurrent");
 }
 
 /* ---- Opening -------------------------------------------------------------- */
 
-static int load_functions(void *lib, const char *path, struct mk_err *err)
-{
-    static const struct { const char *name; size_t offset; } table[] = {
-#define ENTRY(name, args) { #name, offsetof(__typeof__(cu), name) },
-        DRIVER(ENTRY)
-#undef ENTRY
-    };
+struct entry {
+    const char *name;
+    size_t offset;      /* in struct driver */
+};
 
-    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
-        void *f = dlsym(lib, table[i].name);
+#define ENTRY(name, ...) { #name, offsetof(struct driver, name) },
+static const struct entry driver_table[] = { DRIVER(ENTRY) { NULL, 0 } };
+static const struct entry host_table[] = { HOST(ENTRY) { NULL, 0 } };
+#undef ENTRY
+
+static const char *load_functions(struct driver *cu, void *lib, const struct entry *e)
+{
+    for (; e->name; e++) {
+        void *f = dlsym(lib, e->name);
         if (!f)
-            return gen_fail(err, MK_ENOGPU, "%s has no %s: the NVIDIA driver is too old, "
-                            "or this is another library", path, table[i].name);
-        memcpy((char *) &cu + table[i].offset, &f, sizeof f);
+            return e->name;
+        memcpy((char *) cu + e->offset, &f, sizeof f);
     }
-    return 0;
+    return NULL;
 }
 
 /* Open the driver library, once per process; a failure is tried again by the next call.
    The library is never closed: it does not survive that. */
-static int open_driver(struct mk_err *err)
+static int open_gpu_driver(struct mk_err *err)
 {
-    const char *path = getenv("MK_CUDA_DRIVER");
+    const char *path = getenv("MK_CUDA_DRIVER"), *lacks;
     void *lib;
-    int rc = 0;
 
     if (!path || !*path)
         path = "libcuda.so.1";
-    pthread_mutex_lock(&cu_lock);
-    if (!cu.open) {
-        lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-        if (!lib)
-            rc = gen_fail(err, MK_ENOGPU, "no NVIDIA driver (%s)", dlerror());
-        else
-            rc = load_functions(lib, path, err);
-        if (rc && lib)
-            dlclose(lib);
-        cu.open = rc == 0;
-    }
-    pthread_mutex_unlock(&cu_lock);
-    return rc;
+    lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!lib)
+        return gen_fail(err, MK_ENOGPU, "no NVIDIA driver (%s)", dlerror());
+    lacks = load_functions(&gpu_driver, lib, driver_table);
+    if (!lacks)
+        return 0;
+    dlclose(lib);
+    return gen_fail(err, MK_ENOGPU, "%s has no %s: the NVIDIA driver is too old, "
+                    "or this is another library", path, lacks);
 }
 
-/* Initialise the driver and find device INDEX in it. */
-static int find_device(struct rt_device *d, int index, struct mk_err *err)
+/* The folder of the file that holds this code (libmk.so or a program), with a '/'. */
+static int own_folder(char *path, size_t size)
 {
-    int n = 0;
-    int r = cu.cuInit(0);
+    ssize_t n = -1;
+    Dl_info info;
+    char *end;
 
-    if (r)
-        return fail_cu(err, MK_ENOGPU, r, "no usable GPU: cuInit");
-    r = cu.cuDriverGetVersion(&d->driver);
-    if (r)
-        return fail_cu(err, MK_ENOGPU, r, "cuDriverGetVersion");
-    if (d->driver < MIN_DRIVER)
-        return gen_fail(err, MK_ENOGPU, "the NVIDIA driver is too old: it is for CUDA %d.%d; "
-                        "CUDA %d.%d (driver 525) or newer is needed", d->driver / 1000,
-                        d->driver % 1000 / 10, MIN_DRIVER / 1000, MIN_DRIVER % 1000 / 10);
-    r = cu.cuDeviceGetCount(&n);
-    if (r)
-        return fail_cu(err, MK_ENOGPU, r, "cuDeviceGetCount");
-    if (n < 1)
-        return gen_fail(err, MK_ENOGPU, "no GPU: the driver sees none");
-    if (index < 0 || index >= n)
-        return gen_fail(err, MK_ENOGPU, "there is no GPU number %d: the driver sees %d, "
-                        "numbered from 0", index, n);
-    r = cu.cuDeviceGet(&d->dev, index);
-    if (r)
-        return fail_cu(err, MK_ENOGPU, r, "cuDeviceGet");
+    if (dladdr((void *) driver_table, &info) && info.dli_fname && info.dli_fname[0] == '/')
+        n = snprintf(path, size, "%s", info.dli_fname);
+    if (n < 0 || n >= (ssize_t) size) {
+        n = readlink("/proc/self/exe", path, size - 1);
+        if (n < 0)
+            return -1;
+        path[n] = 0;
+    }
+    end = strrchr(path, '/');
+    if (!end)
+        return -1;
+    end[1] = 0;
     return 0;
+}
+
+/* Where libmkhost.so is: in PATH.  The places are those of a built tree and of an
+   installed one. */
+static int find_host_driver(char *path, size_t size, struct mk_err *err)
+{
+    static const char *const folders[] = { "", ".libs/", "../.libs/", "../lib/mkgen/", "mkgen/" };
+    const char *named = getenv("MK_HOST_DRIVER");
+    char own[4096];
+    int n;
+
+    if (named && *named) {
+        snprintf(path, size, "%s", named);
+        return 0;
+    }
+    if (own_folder(own, sizeof own))
+        strcpy(own, "./");
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
+        n = snprintf(path, size, "%s%slibmkhost.so", own, folders[i]);
+        if (n < (int) size && access(path, R_OK) == 0)
+            return 0;
+    }
+    return gen_fail(err, MK_ENOGPU, "the emulated device needs libmkhost.so, which is neither "
+                    "$MK_HOST_DRIVER nor in %.2000s or beside it: it is built where Boost.Context "
+                    "is installed (apt-get install libboost-context-dev, then configure and make)",
+                    own);
+}
+
+/* Global, for emulated kernels find the machine's functions in it. */
+static int open_host_driver(struct mk_err *err)
+{
+    const char *lacks;
+    char path[4200];
+    void *lib;
+    int rc = find_host_driver(path, sizeof path, err);
+
+    if (rc)
+        return rc;
+    lib = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+    if (!lib)
+        return gen_fail(err, MK_ENOGPU, "the emulated device cannot be opened (%s)", dlerror());
+    lacks = load_functions(&host_driver, lib, driver_table);
+    if (!lacks)
+        lacks = load_functions(&host_driver, lib, host_table);
+    if (!lacks)
+        return 0;
+    dlclose(lib);
+    return gen_fail(err, MK_ENOGPU, "%s has no %s: it is not the libmkhost.so of this version",
+                    path, lacks);
+}
+
+static int open_driver(struct rt_device *d, struct mk_err *err)
+{
+    struct driver *cu = d->host ? &host_driver : &gpu_driver;
+    int rc = 0;
+
+    pthread_mutex_lock(&driver_lock);
+    if (!cu->open) {
+        rc = d->host ? open_host_driver(err) : open_gpu_driver(err);
+        cu->open = rc == 0;
+    }
+    pthread_mutex_unlock(&driver_lock);
+    d->cu = cu;
+    return rc;
 }
 
 static int attr(const struct rt_device *d, int which)
 {
     int value = 0;
 
-    return cu.cuDeviceGetAttribute(&value, which, d->dev) ? 0 : value;
+    return d->cu->cuDeviceGetAttribute(&value, which, d->dev) ? 0 : value;
+}
+
+static int arch_of(const struct rt_device *d)
+{
+    return attr(d, ATTR_COMPUTE_CAPABILITY_MAJOR) * 10 + attr(d, ATTR_COMPUTE_CAPABILITY_MINOR);
+}
+
+/* The one of libmkhost's N devices that is of the architecture wanted. */
+static int find_arch(struct rt_device *d, int n, struct mk_err *err)
+{
+    for (int i = 0; i < n; i++)
+        if (d->cu->cuDeviceGet(&d->dev, i) == 0 && arch_of(d) == d->host)
+            return 0;
+    return gen_fail(err, MK_ENOGPU, "libmkhost.so does not emulate sm_%d", d->host);
+}
+
+/* Initialise the driver and find device INDEX in it. */
+static int find_device(struct rt_device *d, int index, struct mk_err *err)
+{
+    int n = 0;
+    int r = d->cu->cuInit(0);
+
+    if (r)
+        return fail_cu(d, err, MK_ENOGPU, r, "no usable GPU: cuInit");
+    r = d->cu->cuDriverGetVersion(&d->driver);
+    if (r)
+        return fail_cu(d, err, MK_ENOGPU, r, "cuDriverGetVersion");
+    if (d->driver < MIN_DRIVER)
+        return gen_fail(err, MK_ENOGPU, "the NVIDIA driver is too old: it is for CUDA %d.%d; "
+                        "CUDA %d.%d (driver 525) or newer is needed", d->driver / 1000,
+                        d->driver % 1000 / 10, MIN_DRIVER / 1000, MIN_DRIVER % 1000 / 10);
+    r = d->cu->cuDeviceGetCount(&n);
+    if (r)
+        return fail_cu(d, err, MK_ENOGPU, r, "cuDeviceGetCount");
+    if (n < 1)
+        return gen_fail(err, MK_ENOGPU, "no GPU: the driver sees none");
+    if (d->host)
+        return find_arch(d, n, err);
+    if (index < 0 || index >= n)
+        return gen_fail(err, MK_ENOGPU, "there is no GPU number %d: the driver sees %d, "
+                        "numbered from 0", index, n);
+    r = d->cu->cuDeviceGet(&d->dev, index);
+    if (r)
+        return fail_cu(d, err, MK_ENOGPU, r, "cuDeviceGet");
+    return 0;
 }
 
 /* "NVIDIA H200" -> "nvidia-h200"; every run of other characters is one '-'. */
@@ -230,20 +349,11 @@ static void profile_name(const char *name, char *out, size_t size)
     out[n] = 0;
 }
 
-/* Ask for name and properties; refuse a GPU that the kernels cannot run on. */
-static int read_facts(struct rt_device *d, struct mk_err *err)
+/* The properties of a GPU. */
+static void ask_facts(const struct rt_device *d, struct gen_gpu *g)
 {
-    struct gen_gpu *g = &d->facts;
-
-    if (cu.cuDeviceGetName(d->name, sizeof d->name, d->dev) || !d->name[0])
-        strcpy(d->name, "unknown GPU");
-    d->name[sizeof d->name - 1] = 0;
-    if (cu.cuDeviceGetPCIBusId(d->bus, sizeof d->bus, d->dev))
-        d->bus[0] = 0;
-    if (cu.cuDeviceTotalMem_v2(&d->total, d->dev))
-        d->total = 0;
     profile_name(d->name, g->name, sizeof g->name);
-    g->arch = attr(d, ATTR_COMPUTE_CAPABILITY_MAJOR) * 10 + attr(d, ATTR_COMPUTE_CAPABILITY_MINOR);
+    g->arch = arch_of(d);
     g->sms = attr(d, ATTR_MULTIPROCESSOR_COUNT);
     g->smem_block = attr(d, ATTR_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
     g->smem_sm = attr(d, ATTR_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR);
@@ -252,6 +362,23 @@ static int read_facts(struct rt_device *d, struct mk_err *err)
     g->mem_gbps = (int) (2.0 * attr(d, ATTR_MEMORY_CLOCK_RATE) * 1e3
                          * (attr(d, ATTR_GLOBAL_MEMORY_BUS_WIDTH) / 8) / 1e9);
     g->mem_bytes = (int64_t) d->total;
+}
+
+/* Find out name and properties; refuse a GPU that the kernels cannot run on. */
+static int read_facts(struct rt_device *d, struct mk_err *err)
+{
+    struct gen_gpu *g = &d->facts;
+
+    if (d->cu->cuDeviceGetName(d->name, sizeof d->name, d->dev) || !d->name[0])
+        strcpy(d->name, "unknown GPU");
+    d->name[sizeof d->name - 1] = 0;
+    if (d->host || d->cu->cuDeviceGetPCIBusId(d->bus, sizeof d->bus, d->dev))
+        d->bus[0] = 0;
+    if (d->cu->cuDeviceTotalMem_v2(&d->total, d->dev))
+        d->total = 0;
+    if (d->host)
+        return gen_gpu_host(d->host, g);
+    ask_facts(d, g);
     if (g->arch < MIN_ARCH)
         return gen_fail(err, MK_ENOGPU, "%s has compute capability %d.%d; %d.%d or newer is needed",
                         d->name, g->arch / 10, g->arch % 10, MIN_ARCH / 10, MIN_ARCH % 10);
@@ -260,30 +387,53 @@ static int read_facts(struct rt_device *d, struct mk_err *err)
     return 0;
 }
 
-int rt_device_open(int index, struct rt_device **out, struct mk_err *err)
+int rt_device_which(const char *which, int *arch, struct mk_err *err)
 {
-    struct rt_device *d;
     int rc;
 
+    *arch = 0;
+    if (!which || !strcmp(which, "gpu"))
+        return 0;
+    if (strncmp(which, "host", 4) || (which[4] && which[4] != ':'))
+        return gen_fail(err, MK_EINVAL, "\"%.40s\" is not a device: they are gpu, host and "
+                        "host:sm_XX", which);
+    if (!which[4]) {
+        *arch = HOST_ARCH;
+        return 0;
+    }
+    rc = gen_gpu_arch(which + 5, arch, err);
+    return rc ? gen_fail_in(err, rc, "device %.40s", which) : 0;
+}
+
+int rt_device_open(const char *which, int index, struct rt_device **out, struct mk_err *err)
+{
+    struct rt_device *d;
+    int rc, arch;
+
     *out = NULL;
-    rc = open_driver(err);
+    rc = rt_device_which(which, &arch, err);
     if (rc)
         return rc;
     d = calloc(1, sizeof *d);
     if (!d)
         return gen_fail(err, MK_ENOMEM, "no memory to open a GPU");
-    rc = find_device(d, index, err);
+    d->host = arch;
+    rc = open_driver(d, err);
+    if (rc == 0)
+        rc = find_device(d, index, err);
     if (rc == 0)
         rc = read_facts(d, err);
     if (rc == 0) {
-        rc = check(err, cu.cuDevicePrimaryCtxRetain(&d->ctx, d->dev), "cuDevicePrimaryCtxRetain");
+        rc = check(d, err, d->cu->cuDevicePrimaryCtxRetain(&d->ctx, d->dev),
+                   "cuDevicePrimaryCtxRetain");
         if (rc)
             d->ctx = NULL;
     }
     if (rc == 0)
         rc = enter(d, err);
     if (rc == 0) {
-        rc = check(err, cu.cuStreamCreate(&d->stream, STREAM_NON_BLOCKING), "cuStreamCreate");
+        rc = check(d, err, d->cu->cuStreamCreate(&d->stream, STREAM_NON_BLOCKING),
+                   "cuStreamCreate");
         if (rc)
             d->stream = NULL;
     }
@@ -299,11 +449,11 @@ void rt_device_close(struct rt_device *d)
     if (!d)
         return;
     if (d->ctx) {
-        cu.cuCtxSetCurrent(d->ctx);
+        d->cu->cuCtxSetCurrent(d->ctx);
         if (d->stream)
-            cu.cuStreamDestroy_v2(d->stream);
-        cu.cuCtxSetCurrent(NULL);
-        cu.cuDevicePrimaryCtxRelease_v2(d->dev);
+            d->cu->cuStreamDestroy_v2(d->stream);
+        d->cu->cuCtxSetCurrent(NULL);
+        d->cu->cuDevicePrimaryCtxRelease_v2(d->dev);
     }
     free(d);
 }
@@ -327,11 +477,40 @@ int rt_device_driver(const struct rt_device *d)
 
 void rt_device_memory(const struct rt_device *d, size_t *free_bytes, size_t *total_bytes)
 {
-    if (enter(d, NULL) || cu.cuMemGetInfo_v2(free_bytes, total_bytes)) {
+    if (enter(d, NULL) || d->cu->cuMemGetInfo_v2(free_bytes, total_bytes)) {
         *free_bytes = 0;
         *total_bytes = d->total;
     }
 }
+
+/* ---- The emulated device --------------------------------------------------- */
+
+int rt_device_is_host(const struct rt_device *d)
+{
+    return d->host != 0;
+}
+
+void rt_device_seed(struct rt_device *d, uint64_t seed)
+{
+    if (d->host)
+        d->cu->mkhost_seed(seed);
+}
+
+const char *rt_device_report(const struct rt_device *d)
+{
+    const char *text = d->host ? d->cu->mkhost_report() : NULL;
+
+    return text ? text : "";
+}
+
+void rt_device_label(struct rt_device *d, rt_ptr base, uint64_t bytes, const char *name,
+                     rt_label_fn *text, void *user)
+{
+    if (d->host)
+        d->cu->mkhost_label(base, bytes, name, text, user);
+}
+
+/* ---- The clock ------------------------------------------------------------- */
 
 /* NVML, the driver's management library: the only place that knows the clock of now. */
 static struct {
@@ -346,7 +525,7 @@ static int open_nvml(void)
 {
     void *lib;
 
-    pthread_mutex_lock(&cu_lock);
+    pthread_mutex_lock(&driver_lock);
     if (!nvml.tried) {
         nvml.tried = 1;
         lib = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -359,7 +538,7 @@ static int open_nvml(void)
                       && nvml.nvmlDeviceGetClockInfo && nvml.nvmlInit_v2() == 0;
         }
     }
-    pthread_mutex_unlock(&cu_lock);
+    pthread_mutex_unlock(&driver_lock);
     return nvml.ok;
 }
 
@@ -384,7 +563,7 @@ static int fail_memory(struct rt_device *d, int result, const char *call, size_t
     size_t left, total;
 
     if (result != CU_OUT_OF_MEMORY)
-        return check(err, result, call);
+        return check(d, err, result, call);
     rt_device_memory(d, &left, &total);
     return gen_fail(err, MK_ENOMEM, "%s: CUDA_ERROR_OUT_OF_MEMORY: %zu bytes (%.2f GiB) wanted, "
                     "%.2f of %.2f GiB are free on %s", call, bytes, (double) bytes / gib,
@@ -398,7 +577,7 @@ int rt_device_alloc(struct rt_device *d, size_t bytes, rt_ptr *out, struct mk_er
     *out = 0;
     if (rc)
         return rc;
-    rc = cu.cuMemAlloc_v2(out, bytes ? bytes : 1);
+    rc = d->cu->cuMemAlloc_v2(out, bytes ? bytes : 1);
     if (rc) {
         *out = 0;
         return fail_memory(d, rc, "cuMemAlloc", bytes, err);
@@ -409,7 +588,7 @@ int rt_device_alloc(struct rt_device *d, size_t bytes, rt_ptr *out, struct mk_er
 void rt_device_free(struct rt_device *d, rt_ptr p)
 {
     if (p && enter(d, NULL) == 0)
-        cu.cuMemFree_v2(p);
+        d->cu->cuMemFree_v2(p);
 }
 
 int rt_device_alloc_host(struct rt_device *d, size_t bytes, void **host, rt_ptr *dev,
@@ -422,15 +601,15 @@ int rt_device_alloc_host(struct rt_device *d, size_t bytes, void **host, rt_ptr 
     *dev = 0;
     if (rc)
         return rc;
-    rc = cu.cuMemHostAlloc(&p, bytes ? bytes : 1, HOSTALLOC_PORTABLE | HOSTALLOC_DEVICEMAP);
+    rc = d->cu->cuMemHostAlloc(&p, bytes ? bytes : 1, HOSTALLOC_PORTABLE | HOSTALLOC_DEVICEMAP);
     if (rc == CU_OUT_OF_MEMORY)
         return gen_fail(err, MK_ENOMEM, "cuMemHostAlloc: CUDA_ERROR_OUT_OF_MEMORY: %zu bytes of "
                         "page-locked host memory wanted", bytes);
     if (rc)
-        return check(err, rc, "cuMemHostAlloc");
-    rc = check(err, cu.cuMemHostGetDevicePointer_v2(dev, p, 0), "cuMemHostGetDevicePointer");
+        return check(d, err, rc, "cuMemHostAlloc");
+    rc = check(d, err, d->cu->cuMemHostGetDevicePointer_v2(dev, p, 0), "cuMemHostGetDevicePointer");
     if (rc) {
-        cu.cuMemFreeHost(p);
+        d->cu->cuMemFreeHost(p);
         *dev = 0;
         return rc;
     }
@@ -441,7 +620,7 @@ int rt_device_alloc_host(struct rt_device *d, size_t bytes, void **host, rt_ptr 
 void rt_device_free_host(struct rt_device *d, void *host)
 {
     if (host && enter(d, NULL) == 0)
-        cu.cuMemFreeHost(host);
+        d->cu->cuMemFreeHost(host);
 }
 
 int rt_device_put(struct rt_device *d, rt_ptr dst, const void *src, size_t bytes,
@@ -451,7 +630,8 @@ int rt_device_put(struct rt_device *d, rt_ptr dst, const void *src, size_t bytes
 
     if (rc || !bytes)
         return rc;
-    return check(err, cu.cuMemcpyHtoDAsync_v2(dst, src, bytes, d->stream), "cuMemcpyHtoDAsync");
+    return check(d, err, d->cu->cuMemcpyHtoDAsync_v2(dst, src, bytes, d->stream),
+                 "cuMemcpyHtoDAsync");
 }
 
 int rt_device_get(struct rt_device *d, void *dst, rt_ptr src, size_t bytes, struct mk_err *err)
@@ -460,7 +640,8 @@ int rt_device_get(struct rt_device *d, void *dst, rt_ptr src, size_t bytes, stru
 
     if (rc || !bytes)
         return rc;
-    return check(err, cu.cuMemcpyDtoHAsync_v2(dst, src, bytes, d->stream), "cuMemcpyDtoHAsync");
+    return check(d, err, d->cu->cuMemcpyDtoHAsync_v2(dst, src, bytes, d->stream),
+                 "cuMemcpyDtoHAsync");
 }
 
 int rt_device_set(struct rt_device *d, rt_ptr dst, unsigned char value, size_t bytes,
@@ -470,14 +651,14 @@ int rt_device_set(struct rt_device *d, rt_ptr dst, unsigned char value, size_t b
 
     if (rc || !bytes)
         return rc;
-    return check(err, cu.cuMemsetD8Async(dst, value, bytes, d->stream), "cuMemsetD8Async");
+    return check(d, err, d->cu->cuMemsetD8Async(dst, value, bytes, d->stream), "cuMemsetD8Async");
 }
 
 int rt_device_sync(struct rt_device *d, struct mk_err *err)
 {
     int rc = enter(d, err);
 
-    return rc ? rc : check(err, cu.cuStreamSynchronize(d->stream), "cuStreamSynchronize");
+    return rc ? rc : check(d, err, d->cu->cuStreamSynchronize(d->stream), "cuStreamSynchronize");
 }
 
 /* ---- Modules and launches --------------------------------------------------- */
@@ -509,25 +690,51 @@ static int table_fits(const unsigned char *p, size_t size, uint64_t at, uint64_t
 }
 
 /* cuModuleLoadData is not told the size of what it reads, so look ourselves that all of the
-   ELF file is there.  Returns the architecture (90), 0: not a whole cubin.  Offsets are those
-   of elf(5): 190 is EM_CUDA; sections without bytes in the file are of type 8, SHT_NOBITS. */
+   ELF file is there.  Offsets are those of elf(5); sections without bytes in the file are of
+   type 8, SHT_NOBITS. */
+static int is_whole_elf(const void *file, size_t size)
+{
+    const unsigned char *p = file;
+
+    if (size < 64 || memcmp(p, "\177ELF\2\1", 6) || number(p + 58, 2) != 64
+        || !table_fits(p, size, number(p + 40, 8), number(p + 60, 2), 64, 24, 8, 4, 8))
+        return 0;
+    return number(p + 56, 2) == 0
+           || (number(p + 54, 2) == 56
+               && table_fits(p, size, number(p + 32, 8), number(p + 56, 2), 56, 8, 24, 0, 0));
+}
+
+/* The architecture (90) of a cubin; 0: not a whole one.  190 is EM_CUDA. */
 static int cubin_arch(const void *cubin, size_t size)
 {
     const unsigned char *p = cubin;
     uint64_t flags;
 
-    if (size < 64 || memcmp(p, "\177ELF\2\1", 6) || number(p + 18, 2) != 190)
-        return 0;
-    if (number(p + 58, 2) != 64
-        || !table_fits(p, size, number(p + 40, 8), number(p + 60, 2), 64, 24, 8, 4, 8))
-        return 0;
-    if (number(p + 56, 2)
-        && (number(p + 54, 2) != 56
-            || !table_fits(p, size, number(p + 32, 8), number(p + 56, 2), 56, 8, 24, 0, 0)))
+    if (!is_whole_elf(cubin, size) || number(p + 18, 2) != 190)
         return 0;
     /* CUDA 13 moved the architecture up by a byte and counted the ABI version to 8. */
     flags = number(p + 48, 4);
     return p[8] >= 8 ? flags >> 8 & 255 : flags & 255;
+}
+
+/* A shared object of this machine's processor: ET_DYN is 3. */
+static int load_host_module(struct rt_device *d, const void *object, size_t size, rt_module *out,
+                            struct mk_err *err)
+{
+    const unsigned char *p = object;
+    int rc;
+
+    if (!is_whole_elf(object, size) || number(p + 16, 2) != 3 || number(p + 18, 2) == 190)
+        return gen_fail(err, MK_EFORMAT, "the %zu bytes given are not a whole kernel for %s", size,
+                        d->name);
+    rc = d->cu->cuModuleLoadData(out, object);
+    if (rc == 0)
+        return 0;
+    *out = NULL;
+    if (rc != CU_INVALID_IMAGE)
+        return check(d, err, rc, "cuModuleLoadData");
+    fail_cu(d, err, MK_EUNSUPPORTED, rc, "cuModuleLoadData");
+    return gen_fail_in(err, MK_EUNSUPPORTED, "%s refuses the kernel", d->name);
 }
 
 /* Does a cubin for architecture MADE run on a GPU of architecture HAVE? */
@@ -539,36 +746,38 @@ static int runs_on(int made, int have)
 int rt_module_load(struct rt_device *d, const void *cubin, size_t size, rt_module *out,
                    struct mk_err *err)
 {
-    int arch = cubin_arch(cubin, size);
+    int arch = d->host ? 0 : cubin_arch(cubin, size);
     int have = d->facts.arch;
     int rc = enter(d, err);
 
     *out = NULL;
     if (rc)
         return rc;
+    if (d->host)
+        return load_host_module(d, cubin, size, out, err);
     if (!arch)
         return gen_fail(err, MK_EFORMAT, "the %zu bytes given are not a whole cubin", size);
     if (!runs_on(arch, have))
         return gen_fail(err, MK_EUNSUPPORTED, "the cubin is for sm_%d and does not run on %s, "
                         "which is sm_%d", arch, d->name, have);
-    rc = cu.cuModuleLoadData(out, cubin);
+    rc = d->cu->cuModuleLoadData(out, cubin);
     if (rc == 0)
         return 0;
     *out = NULL;
     if (rc == CU_INVALID_IMAGE || rc == CU_NO_BINARY_FOR_GPU || rc == CU_INVALID_PTX
         || rc == CU_UNSUPPORTED_PTX_VERSION) {
-        fail_cu(err, MK_EUNSUPPORTED, rc, "cuModuleLoadData");
+        fail_cu(d, err, MK_EUNSUPPORTED, rc, "cuModuleLoadData");
         return gen_fail_in(err, MK_EUNSUPPORTED, "the driver (for CUDA %d.%d) refuses the cubin "
                            "for sm_%d; it may be older than the compiler that made it",
                            d->driver / 1000, d->driver % 1000 / 10, arch);
     }
-    return check(err, rc, "cuModuleLoadData");
+    return check(d, err, rc, "cuModuleLoadData");
 }
 
 void rt_module_free(struct rt_device *d, rt_module m)
 {
     if (m && enter(d, NULL) == 0)
-        cu.cuModuleUnload(m);
+        d->cu->cuModuleUnload(m);
 }
 
 int rt_module_func(struct rt_device *d, rt_module m, const char *name, int smem, rt_func *out,
@@ -582,10 +791,10 @@ int rt_module_func(struct rt_device *d, rt_module m, const char *name, int smem,
     if (smem < 0 || smem > d->facts.smem_block)
         return gen_fail(err, MK_EDEVICE, "%s wants %d bytes of shared memory; a block has %d on %s",
                         name, smem, d->facts.smem_block, d->name);
-    rc = check(err, cu.cuModuleGetFunction(out, m, name), "cuModuleGetFunction");
+    rc = check(d, err, d->cu->cuModuleGetFunction(out, m, name), "cuModuleGetFunction");
     if (rc == 0)
-        rc = check(err, cu.cuFuncSetAttribute(*out, FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem),
-                   "cuFuncSetAttribute");
+        rc = check(d, err, d->cu->cuFuncSetAttribute(*out, FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                                     smem), "cuFuncSetAttribute");
     if (rc) {
         *out = NULL;
         return gen_fail_in(err, rc, "kernel %s", name);
@@ -598,9 +807,8 @@ static int check_fits(struct rt_device *d, rt_func f, int grid, int block, int s
                       struct mk_err *err)
 {
     int per_sm = 0;
-    int rc = check(err, cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, f, block,
-                                                                       (size_t) smem),
-                   "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+    int r = d->cu->cuOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, f, block, (size_t) smem);
+    int rc = check(d, err, r, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
 
     if (rc == 0 && grid > (int64_t) per_sm * d->facts.sms)
         rc = gen_fail(err, MK_EDEVICE, "the cooperative grid has %d blocks of %d threads and %d "
@@ -625,12 +833,12 @@ int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int
     if (rc)
         return rc;
     if (cooperative)
-        rc = cu.cuLaunchCooperativeKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params);
+        rc = d->cu->cuLaunchCooperativeKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params);
     else
-        rc = cu.cuLaunchKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params, NULL);
+        rc = d->cu->cuLaunchKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params, NULL);
     if (rc == 0)
         return 0;
-    rc = check(err, rc, call);
+    rc = check(d, err, rc, call);
     return gen_fail_in(err, rc, "%d blocks of %d threads and %d bytes of shared memory",
                        grid, block, smem);
 }
@@ -644,7 +852,7 @@ int rt_event_make(struct rt_device *d, rt_event *out, struct mk_err *err)
     *out = NULL;
     if (rc)
         return rc;
-    rc = check(err, cu.cuEventCreate(out, 0), "cuEventCreate");
+    rc = check(d, err, d->cu->cuEventCreate(out, 0), "cuEventCreate");
     if (rc)
         *out = NULL;
     return rc;
@@ -653,14 +861,14 @@ int rt_event_make(struct rt_device *d, rt_event *out, struct mk_err *err)
 void rt_event_free(struct rt_device *d, rt_event e)
 {
     if (e && enter(d, NULL) == 0)
-        cu.cuEventDestroy_v2(e);
+        d->cu->cuEventDestroy_v2(e);
 }
 
 int rt_event_record(struct rt_device *d, rt_event e, struct mk_err *err)
 {
     int rc = enter(d, err);
 
-    return rc ? rc : check(err, cu.cuEventRecord(e, d->stream), "cuEventRecord");
+    return rc ? rc : check(d, err, d->cu->cuEventRecord(e, d->stream), "cuEventRecord");
 }
 
 int rt_event_done(struct rt_device *d, rt_event e, struct mk_err *err)
@@ -669,10 +877,10 @@ int rt_event_done(struct rt_device *d, rt_event e, struct mk_err *err)
 
     if (rc)
         return rc;
-    rc = cu.cuEventQuery(e);
+    rc = d->cu->cuEventQuery(e);
     if (rc == CU_NOT_READY)
         return 0;
-    return rc ? check(err, rc, "cuEventQuery") : 1;
+    return rc ? check(d, err, rc, "cuEventQuery") : 1;
 }
 
 int rt_event_ms(struct rt_device *d, rt_event a, rt_event b, float *ms, struct mk_err *err)
@@ -680,8 +888,8 @@ int rt_event_ms(struct rt_device *d, rt_event a, rt_event b, float *ms, struct m
     int rc = enter(d, err);
 
     if (rc == 0)
-        rc = check(err, cu.cuEventSynchronize(b), "cuEventSynchronize");
+        rc = check(d, err, d->cu->cuEventSynchronize(b), "cuEventSynchronize");
     if (rc == 0)
-        rc = check(err, cu.cuEventElapsedTime(ms, a, b), "cuEventElapsedTime");
+        rc = check(d, err, d->cu->cuEventElapsedTime(ms, a, b), "cuEventElapsedTime");
     return rc;
 }

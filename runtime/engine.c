@@ -72,7 +72,7 @@ int rt_engine_open(const struct gen_model *m, const struct rt_weights *w,
     e->weights = w;
     if (options)
         e->options = *options;
-    rc = rt_device_open(0, &e->device, err);
+    rc = rt_device_open(e->options.device, 0, &e->device, err);
     if (rc) {
         rt_engine_close(e);
         return rc;
@@ -133,6 +133,14 @@ static int get_kernel(struct rt_session *s, struct mk_err *err)
     return rc;
 }
 
+/* An emulated device knows more: put that behind ERR. */
+static int add_report(const struct rt_session *s, int rc, struct mk_err *err)
+{
+    const char *report = rt_device_report(s->engine->device);
+
+    return err && *report ? gen_fail(err, rc, "%s\n%s", err->text, report) : rc;
+}
+
 static int load_weights(struct rt_session *s, struct mk_err *err)
 {
     struct rt_engine *e = s->engine;
@@ -145,7 +153,7 @@ static int load_weights(struct rt_session *s, struct mk_err *err)
         return 0;
     rc = rt_pack(&job, &e->packed, err);
     e->load_s = now_s() - start;
-    return rc;
+    return rc == MK_EDEVICE ? add_report(s, rc, err) : rc;
 }
 
 /* Bytes of device memory that this session takes for itself. */
@@ -222,38 +230,152 @@ static int make_mapped(struct rt_session *s, struct mk_err *err)
     return 0;
 }
 
-static int make_buffers(struct rt_session *s, struct mk_err *err)
+/* ---- Buffers ------------------------------------------------------------- */
+
+/* What an emulated device's reports say about an offset; USER is the plan. */
+
+static void exchange_text(void *user, uint64_t offset, char *out, size_t size)
+{
+    gen_hop_describe(user, (int) (offset / 16), out, size);
+}
+
+static void kv_text(void *user, uint64_t offset, char *out, size_t size)
+{
+    const struct gen_plan *p = user;
+    const int64_t at = (int64_t) offset / 2, head = at % p->kv_layer;
+    const int64_t row = head % (p->kv_head / 2) / p->model.E;
+
+    snprintf(out, size, "layer %lld, KV head %lld, %s of position %lld, element %lld",
+             (long long) (at / p->kv_layer), (long long) (head / p->kv_head),
+             head % p->kv_head < p->kv_head / 2 ? "key" : "value", (long long) row,
+             (long long) (at % p->model.E));
+}
+
+static void logits_text(void *user, uint64_t offset, char *out, size_t size)
+{
+    const struct gen_plan *p = user;
+    const long long at = (long long) offset / 4;
+
+    snprintf(out, size, "token %lld of the launch, id %lld", at / p->model.V, at % p->model.V);
+}
+
+static void stream_text(void *user, uint64_t offset, char *out, size_t size)
+{
+    const struct gen_plan *p = user;
+    const long long at = (long long) offset % p->cta_bytes, cta = (long long) offset / p->cta_bytes;
+
+    if (at < p->head_offset)
+        snprintf(out, size, "CTA %lld, layer %lld, byte %lld", cta, at / p->layer_bytes,
+                 at % p->layer_bytes);
+    else
+        snprintf(out, size, "CTA %lld, head, byte %lld", cta, at - p->head_offset);
+}
+
+static void scratch_text(void *user, uint64_t offset, char *out, size_t size)
+{
+    const struct gen_plan *p = user;
+    const int64_t at = (int64_t) offset;
+    const char *part = at < p->pf_x ? "residual" : at < p->pf_qkv ? "activations" : "QKV";
+    const int64_t start = at < p->pf_x ? p->pf_resid : at < p->pf_qkv ? p->pf_x : p->pf_qkv;
+
+    snprintf(out, size, "%s, byte %lld", part, (long long) (at - start));
+}
+
+/* Device memory of a session. */
+enum { BUFFERS = 7 };
+struct buffer {
+    rt_ptr *at;
+    size_t bytes;
+    const char *name;
+    rt_label_fn *text;
+};
+
+static void list_buffers(struct rt_session *s, struct buffer list[BUFFERS])
 {
     const struct gen_plan *p = &s->plan;
-    struct rt_device *d = s->engine->device;
-    const size_t exchange = (size_t) p->exchange_words * 16;
     const size_t tokens =
         (size_t) (p->prefill_tokens > p->tokens_per_launch ? p->prefill_tokens
                                                            : p->tokens_per_launch);
-    const struct {
-        rt_ptr *to;
-        size_t bytes;
-    } buffers[] = {
-        {&s->kv, (size_t) p->kv_bytes},
-        {&s->rope, (size_t) p->context * (size_t) p->model.E * 4},
-        {&s->exchange, exchange},
-        {&s->logits, (size_t) p->tokens_per_launch * (size_t) p->model.V * 4},
-        {&s->tokens, tokens * 4},
-        {&s->scratch, (size_t) p->pf_bytes},
-        {&s->barrier, 128},
+    const size_t logits = (size_t) p->tokens_per_launch * (size_t) p->model.V * 4;
+    const struct buffer all[BUFFERS] = {
+        {&s->kv, (size_t) p->kv_bytes, "KV cache", kv_text},
+        {&s->rope, (size_t) p->context * (size_t) p->model.E * 4, "rotary angles", NULL},
+        {&s->exchange, (size_t) p->exchange_words * 16, "exchange", exchange_text},
+        {&s->logits, logits, "logits", logits_text},
+        {&s->tokens, tokens * 4, "tokens", NULL},
+        {&s->scratch, (size_t) p->pf_bytes, "prefill scratch", scratch_text},
+        {&s->barrier, 128, "grid barrier", NULL},
     };
+
+    memcpy(list, all, sizeof all);
+}
+
+/* Give what the kernel sees names for an emulated device's reports, or take them away. */
+static void label(struct rt_session *s, int on)
+{
+    struct rt_device *d = s->engine->device;
+    const struct rt_packed *w = &s->engine->packed;
+    const struct gen_plan *p = &s->plan;
+    const size_t ring = (size_t) p->tokens_per_launch * 8;
+    const struct {
+        rt_ptr at;
+        int64_t bytes;
+        const char *name;
+        rt_label_fn *text;
+    } others[] = {
+        {w->stream, p->stream_bytes, "weight streams", stream_text},
+        {w->embed, p->embed_bytes, "embedding", NULL},
+        {w->vec, p->vec_floats * 4, "norms and biases", NULL},
+        {s->host_device, (int64_t) ring, "token ring", NULL},
+        {s->host_device + ring, 64, "fault words", NULL},
+        {s->host_device + ring + 64, 64, "cancel word", NULL},
+    };
+    struct buffer buffers[BUFFERS];
+
+    if (!s->host)
+        return;
+    list_buffers(s, buffers);
+    for (size_t i = 0; i < BUFFERS; i++)
+        rt_device_label(d, *buffers[i].at, on ? buffers[i].bytes : 0, buffers[i].name,
+                        buffers[i].text, &s->plan);
+    /* Sessions share the weights: the names of the last one stay, or none. */
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        rt_device_label(d, others[i].at, 0, others[i].name, NULL, NULL);
+        if (on)
+            rt_device_label(d, others[i].at, (uint64_t) others[i].bytes, others[i].name,
+                            others[i].text, &s->plan);
+    }
+}
+
+/* Fill the exchange with what no launch sends: a tag that take_epochs never gives, and values
+   that are not numbers. */
+static int poison_exchange(struct rt_session *s, struct mk_err *err)
+{
+    return rt_device_set(s->engine->device, s->exchange, 0xff, (size_t) s->plan.exchange_words * 16,
+                         err);
+}
+
+static int make_buffers(struct rt_session *s, struct mk_err *err)
+{
+    struct rt_device *d = s->engine->device;
+    struct buffer buffers[BUFFERS];
     int rc = 0;
 
-    for (size_t i = 0; rc == 0 && i < sizeof buffers / sizeof *buffers; i++)
-        rc = rt_device_alloc(d, buffers[i].bytes, buffers[i].to, err);
+    list_buffers(s, buffers);
+    for (size_t i = 0; rc == 0 && i < BUFFERS; i++)
+        rc = rt_device_alloc(d, buffers[i].bytes, buffers[i].at, err);
     if (rc == 0)
-        rc = rt_device_set(d, s->exchange, 0, exchange, err);
+        rc = poison_exchange(s, err);
     if (rc == 0)
         rc = rt_event_make(d, &s->launched, err);
     if (rc == 0)
         rc = make_mapped(s, err);
+    if (rc == 0)
+        label(s, 1);
     return rc ? rc : make_rope(s, err);
 }
+
+/* ---- Sessions ------------------------------------------------------------ */
 
 int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, struct mk_err *err)
 {
@@ -284,18 +406,16 @@ int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, s
 
 void rt_session_free(struct rt_session *s)
 {
+    struct buffer buffers[BUFFERS];
     struct rt_device *d;
 
     if (!s)
         return;
     d = s->engine->device;
-    rt_device_free(d, s->kv);
-    rt_device_free(d, s->rope);
-    rt_device_free(d, s->exchange);
-    rt_device_free(d, s->logits);
-    rt_device_free(d, s->tokens);
-    rt_device_free(d, s->scratch);
-    rt_device_free(d, s->barrier);
+    label(s, 0);
+    list_buffers(s, buffers);
+    for (size_t i = 0; i < BUFFERS; i++)
+        rt_device_free(d, *buffers[i].at);
     rt_device_free_host(d, s->host);
     rt_event_free(d, s->launched);
     rt_module_free(d, s->module);
@@ -377,12 +497,13 @@ static int device_failed(struct rt_session *s, int rc, struct mk_err *err)
 
     s->dead = 1;
     if (!fault[MK_FAULT_CODE])
-        return rc;
-    return gen_fail(err, MK_EDEVICE,
-                    "the kernel of %s made no progress: CTA %u waits at %s for %u and sees %u",
-                    s->plan.model.name, fault[MK_FAULT_CTA],
-                    stages[stage < sizeof stages / sizeof *stages ? stage : 0],
-                    fault[MK_FAULT_EXPECTED], fault[MK_FAULT_SEEN]);
+        return add_report(s, rc, err);
+    gen_fail(err, MK_EDEVICE,
+             "the kernel of %s made no progress: CTA %u waits at %s for %u and sees %u",
+             s->plan.model.name, fault[MK_FAULT_CTA],
+             stages[stage < sizeof stages / sizeof *stages ? stage : 0],
+             fault[MK_FAULT_EXPECTED], fault[MK_FAULT_SEEN]);
+    return add_report(s, MK_EDEVICE, err);
 }
 
 static int dead(struct mk_err *err)
@@ -439,8 +560,7 @@ static int take_epochs(struct rt_session *s, int n, uint32_t *epoch, struct mk_e
     int rc = 0;
 
     if (s->epoch + tags > 0x80000000u) { /* long before they wrap: start over from clean buffers */
-        rc = rt_device_set(s->engine->device, s->exchange, 0, (size_t) s->plan.exchange_words * 16,
-                           err);
+        rc = poison_exchange(s, err);
         s->epoch = 1;
     }
     *epoch = s->epoch;

@@ -16,10 +16,11 @@ struct rt_engine_options {
     mk_progress_fn *progress; /* or NULL */
     mk_warn_fn *warn;         /* or NULL */
     void *user;
+    const char *device; /* of rt_device_open: NULL, "gpu", "host", "host:sm_75" */
 };
 
-/* Open GPU 0 for model M with weights W; all three pointers must outlive the engine.  No device
-   memory is taken yet.  Returns 0, MK_ENOGPU, MK_EDEVICE, MK_ENOMEM. */
+/* Open the device (of GPUs the first) for model M with weights W; all three pointers must outlive
+   the engine.  No device memory is taken yet.  Returns 0, MK_ENOGPU, MK_EDEVICE, MK_ENOMEM. */
 int rt_engine_open(const struct gen_model *m, const struct rt_weights *w,
                    const struct rt_engine_options *options, struct rt_engine **out,
                    struct mk_err *err);

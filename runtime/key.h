@@ -5,7 +5,7 @@
 #include "gen/gen.h"
 #include "runtime/cache.h"
 
-/* Fill *KEY for PLAN compiled for ARCH.  Needs neither a GPU nor NVRTC nor m4.  Free with
+/* Fill *KEY for PLAN compiled for ARCH.  Needs neither a GPU nor a compiler nor m4.  Free with
    rt_key_free, also on failure.  The strings are KEY's own; PLAN may go.
    Returns 0 or MK_ENOMEM. */
 int rt_key_make(const struct gen_plan *plan, int arch, struct rt_key *key, struct mk_err *err);

@@ -101,14 +101,18 @@ static int check_open(const char *dir, const struct mk_options *o, struct mk_err
 {
     const char *device = device_wanted(o);
     struct stat st;
+    int arch, rc;
 
     if (!dir || !*dir)
         return gen_fail(err, MK_EINVAL, "mk_open: no model folder");
     if (o && o->size != sizeof *o)
         return gen_fail(err, MK_EINVAL, "mk_open: options.size is %zu, not %zu", o->size,
                         sizeof *o);
-    if (strcmp(device, "cpu") && strcmp(device, "gpu") && strcmp(device, "auto"))
-        return gen_fail(err, MK_EINVAL, "device is \"%.40s\"; it must be auto, gpu or cpu", device);
+    if (strcmp(device, "cpu") && strcmp(device, "auto")
+        && (rc = rt_device_which(device, &arch, err)) != 0)
+        return rc != MK_EINVAL ? rc
+               : gen_fail(err, rc, "device is \"%.40s\"; it must be auto, gpu, cpu, host or "
+                          "host:sm_XX", device);
     if (o && o->threads < 0)
         return gen_fail(err, MK_EINVAL, "mk_open: options.threads is %d", o->threads);
     if (stat(dir, &st))
@@ -122,16 +126,17 @@ static int check_open(const char *dir, const struct mk_options *o, struct mk_err
 static int open_engine(struct mk_model *m, struct mk_err *err)
 {
     const char *device = device_wanted(&m->options);
+    const int automatic = !strcmp(device, "auto");
     const struct rt_engine_options options = {
-        m->options.cubin_path, m->options.plan_file, m->options.set,
-        m->options.progress, m->options.warn, m->options.user,
+        m->options.cubin_path, m->options.plan_file, m->options.set, m->options.progress,
+        m->options.warn, m->options.user, automatic ? "gpu" : device,
     };
     int rc;
 
     if (!strcmp(device, "cpu"))
         return 0;
     rc = rt_engine_open(&m->model, m->weights, &options, &m->engine, err);
-    if (rc == MK_ENOGPU && !strcmp(device, "auto"))
+    if (rc == MK_ENOGPU && automatic)
         rc = 0;
     return rc;
 }

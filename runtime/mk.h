@@ -46,12 +46,12 @@ enum mk_code {
     MK_ENOENT = -4,       /* a file, a cache entry or a tensor is not there */
     MK_EFORMAT = -5,      /* an input file is malformed */
     MK_EUNSUPPORTED = -6, /* well-formed, but a model, GPU or key that we do not handle */
-    MK_ECOMPILE = -7,     /* m4 or NVRTC refused; the text holds the log's start */
+    MK_ECOMPILE = -7,     /* m4 or a compiler refused; the text holds the log's start */
     MK_EDEVICE = -8,      /* the GPU failed or hung; the model must be closed */
-    MK_ENOGPU = -9,       /* no driver, or no usable GPU */
+    MK_ENOGPU = -9,       /* no driver, no usable GPU, or no libmkhost */
     MK_ECONTEXT = -10,    /* the context is full */
     MK_ECANCELED = -11,   /* mk_cancel was called */
-    MK_ETOOL = -12        /* m4 or NVRTC is needed and is not installed */
+    MK_ETOOL = -12        /* m4, NVRTC or a C++ compiler is needed and is not installed */
 };
 
 struct mk_err {
@@ -73,7 +73,9 @@ typedef void mk_warn_fn(void *user, const char *text);
 
 struct mk_options {
     size_t size;              /* sizeof(struct mk_options): keeps the ABI open */
-    const char *device;       /* "auto" (a GPU if there is one), "gpu" or "cpu"; NULL: auto */
+    const char *device;       /* "auto" (a GPU if there is one), "gpu" or "cpu"; NULL: auto;
+                                 "host", "host:sm_75": the GPU's kernel on an emulated GPU of
+                                 sm_90 or another architecture, for tests and debugging */
     const char *cubin_path;   /* folders of packs, ':' between; NULL: $MK_CUBIN_PATH */
     const char *plan_file;    /* tuned plan, "key = value" lines; NULL: none */
     const char *const *set;   /* plan overrides "key=value", NULL at the end; NULL: none */
@@ -89,8 +91,8 @@ struct mk_context;
 /* Open the model folder DIR.  Reads config.json, tokenizer.json (if there is
    one) and the weight headers; device memory is taken by the first context.
    options  NULL: all defaults.
-   Returns 0, MK_ENOENT, MK_EIO, MK_EFORMAT, MK_EUNSUPPORTED, MK_ENOMEM,
-   MK_ENOGPU (device "gpu" without one). */
+   Returns 0, MK_EINVAL, MK_ENOENT, MK_EIO, MK_EFORMAT, MK_EUNSUPPORTED,
+   MK_ENOMEM, MK_ENOGPU (device "gpu" without one, "host" without libmkhost). */
 MK_API int mk_open(const char *dir, const struct mk_options *options,
                    struct mk_model **out, struct mk_err *err);
 
@@ -100,7 +102,7 @@ MK_API void mk_close(struct mk_model *model);
 struct mk_info {
     size_t size;              /* set to sizeof(struct mk_info) by the caller */
     const char *name;         /* name of the model folder; owned by the model */
-    const char *device;       /* "cpu", or the GPU's name; owned by the model */
+    const char *device;       /* "cpu", or the device's name; owned by the model */
     int vocab;                /* V: config.json vocab_size; token ids are 0 .. V-1 */
     int max_context;          /* config.json max_position_embeddings */
     int has_tokenizer;        /* 0: only token ids can be used */

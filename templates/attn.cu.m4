@@ -112,8 +112,8 @@ t_if(MODEL_QK_NORM, {|                x.norm(k_norm);
                 to[e] = to_half(x.a[j]);
                 to[e + E / 2] = to_half(x.b[j]);
                 if (q0 % (H / K) == 0) { // one of the GROUPS tasks that share the head
-                    row[e] = to[e];
-                    row[e + E / 2] = to[e + E / 2];
+                    *late(&row[e]) = to[e];
+                    *late(&row[e + E / 2]) = to[e + E / 2];
                 }
             }
         }

@@ -98,6 +98,8 @@ static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f8
 
 t_section({|Launch arguments: the same as in abi.h|})
 
+#define OFFSET(type, field) t_if(PLAN_HOST, {|__builtin_offsetof(type, field)|}, {|__INTADDR__(&((type *)0)->field)|})
+
 // 16 bytes that are written and read as one: three values and the tag that says which
 // hop they belong to.
 struct alignas(16) Word {

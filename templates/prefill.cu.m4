@@ -14,7 +14,7 @@ struct Prefill_shared {
 };
 static_assert(sizeof(Prefill_shared) <= PLAN_PREFILL_SMEM_BYTES, "the plan's shared memory is too small");
 
-extern __shared__ Prefill_shared G[];
+t_shared({|Prefill_shared|}, {|G|})
 
 // Scratch, in bytes from its start.  Activations lie in blocks of 8 tokens, like weights in
 // blocks of 8 rows: tiles of 8 tokens x 8 columns (128 bytes), along the columns.
@@ -80,7 +80,7 @@ static __device__ __forceinline__ void prefill_norm_row(int token, const float *
             x.z = pack(b.x * scale * v.x, b.y * scale * v.y);
             x.w = pack(b.z * scale * v.z, b.w * scale * v.w);
         }
-        *(uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8)) = x;
+        *late((uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8))) = x;
     }
 }
 
@@ -106,8 +106,8 @@ static __device__ __noinline__ void prefill_embed()
 t_if(MODEL_TIED, {|            // 8 columns of row id % 8 of the head's block id / 8
             const uint4 q = *(const uint4 *)(block_at<Head>(G->args.stream + HEAD_OFFSET, id / 8)
                                              + tile * 128 + id % 8 * 16);|}, {|            const uint4 q = ((const uint4 *)(G->args.embed + (u64)id * D))[tile];|})
-            row[tile * 2] = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
-            row[tile * 2 + 1] = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
+            *late(row + tile * 2) = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
+            *late(row + tile * 2 + 1) = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
         }
         prefill_norm_row(token, G->args.vec + VEC_ATTN_NORM);
     }
@@ -354,9 +354,9 @@ static __device__ __forceinline__ void multiply_add(u64 at, float scale)
         return make_float4(a.x, a.y, b.x, b.y);
     }, [&](int token, int block, const float (*sum)[4], float4 before) {
         if (block < P::BLOCKS && token < G->args.n)
-            *pair(token, block) = make_float2(before.x + sum[0][0] * scale, before.y + sum[0][1] * scale);
+            *late(pair(token, block)) = make_float2(before.x + sum[0][0] * scale, before.y + sum[0][1] * scale);
         if (block < P::BLOCKS && token + 8 < G->args.n)
-            *pair(token + 8, block) = make_float2(before.z + sum[0][2] * scale, before.w + sum[0][3] * scale);
+            *late(pair(token + 8, block)) = make_float2(before.z + sum[0][2] * scale, before.w + sum[0][3] * scale);
     });
 }
 
@@ -374,9 +374,9 @@ t_if(MODEL_QKV_BIAS, {|        if (block < Qkv::BLOCKS)
     }, [&](int token, int block, const float (*sum)[4], float4 add) {
         float2 *to = (float2 *)(prefill_raw() + (u64)token * ((H + 2 * K) * E) + block * 8) + threadIdx.x % 4;
         if (block < Qkv::BLOCKS && token < G->args.n)
-            *to = make_float2(sum[0][0] + add.x, sum[0][1] + add.y);
+            *late(to) = make_float2(sum[0][0] + add.x, sum[0][1] + add.y);
         if (block < Qkv::BLOCKS && token + 8 < G->args.n)
-            to[8 * ((H + 2 * K) * E / 2)] = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
+            *late(to + 8 * ((H + 2 * K) * E / 2)) = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
     });
     read_ahead(at - QKV_OFFSET + O_OFFSET, MLP_OFFSET - O_OFFSET);
 }
@@ -429,8 +429,8 @@ t_if(MODEL_QK_NORM, {|                x[i].norm(k_norm);
             }
             #pragma unroll
             for (int j = 0; j < Head_values::PAIRS; j++) {
-                to[lane + j * 32] = to_half(x[i].a[j] * scale);
-                to[lane + j * 32 + E / 2] = to_half(x[i].b[j] * scale);
+                *late(to + lane + j * 32) = to_half(x[i].a[j] * scale);
+                *late(to + lane + j * 32 + E / 2) = to_half(x[i].b[j] * scale);
             }
         }
     }
@@ -573,7 +573,7 @@ struct Flash {
                 unsigned char *to = y + activation_at<O::UNITS>(row / RATIO, col);
                 #pragma unroll
                 for (int e = 0; e < E / 8; e++)
-                    *(u32 *)(to + e * 128) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
+                    *late((u32 *)(to + e * 128)) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
             }
         }
     }
@@ -655,9 +655,9 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
                               silu_product(sum[0][i * 2 + 1], sum[1][i * 2 + 1]));
         unsigned char *to = prefill_y() + activation_at<Down::UNITS>(token, block * 4 + threadIdx.x % 4 * 2);
         if (block < Down::UNITS * 8 && token < G->args.n)
-            *(u32 *)to = product[0];
+            *late((u32 *)to) = product[0];
         if (block < Down::UNITS * 8 && token + 8 < G->args.n)
-            *(u32 *)(to + Down::UNITS * 512) = product[1]; // in the next block of tokens
+            *late((u32 *)(to + Down::UNITS * 512)) = product[1]; // in the next block of tokens
     });
     read_ahead(at - MLP_OFFSET + DOWN_OFFSET, (int)LAYER_BYTES - DOWN_OFFSET);
 }

@@ -1,4 +1,4 @@
-t_section({|Primitives: everything that touches hardware|})
+t_if(PLAN_HOST, {||}, {|t_section({|Primitives: everything that touches hardware|})
 
 static __device__ __forceinline__ u32 shared_address(const void *p)
 {
@@ -58,6 +58,11 @@ static __device__ __forceinline__ void store_word(Word *p, u32 v0, u32 v1, u32 v
                  "st.relaxed.gpu.global.b128 [%0], q;\n}"
                  :: "l"(p), "r"(v0), "r"(v1), "r"(v2), "r"(tag) : "memory");
 }
+
+// *late(p) = v is a plain store that another CTA will read: late, and in any order, until fence_gpu or
+// add_release after it.
+template <class T>
+static __device__ __forceinline__ T *late(T *p) { return p; }
 
 // All earlier writes of this CTA (after a barrier) before all later ones, for every CTA.
 static __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -187,124 +192,67 @@ template <int N> static __device__ __forceinline__ void copy_wait()
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }|})
 
-t_section({|Ring primitives: a stage is filled, has landed, is released|})
-
-// A stage is used again and again: use u of a stage carries chunk u * STAGES + stage.
-t_if(PLAN_FAMILY == 75, {|struct alignas(8) Gate {
-    u32 count; // uses landed, or warps that released
-    u32 unused;
-};
-
-static __device__ __forceinline__ u32 gate_count(const Gate *g)
+t_if(PLAN_FAMILY == 75, {|static __device__ __forceinline__ u32 load_volatile(const u32 *p)
 {
     u32 v;
-    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(&g->count)) : "memory");
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
     return v;
+}|}, {|// An mbarrier, in shared memory: a phase ends when COUNT have arrived and all expected bytes are here.
+static __device__ __forceinline__ void mbarrier_init(u64 *b, u32 count)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(count) : "memory");
 }
 
-static __device__ __forceinline__ void gate_init(Gate *full, Gate *free) { full->count = free->count = 0; }
-static __device__ __forceinline__ void gate_init_done() {}
-
-static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use)
+static __device__ __forceinline__ void mbarrier_arrive(u64 *b)
 {
-    bool landed = (int)(gate_count(full) - use) > 0;
-    __threadfence_block();
-    return landed;
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}"
+                 :: "r"(shared_address(b)) : "memory");
 }
 
-static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { return gate_landed(full, use); }
-
-// All warps have released use - 1.
-static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
-{
-    bool is_free = (int)(gate_count(free) - use * WARPS) >= 0;
-    __threadfence_block();
-    return is_free;
-}
-
-static __device__ __forceinline__ void gate_release(Gate *free)
-{
-    __threadfence_block();
-    atomicAdd(&free->count, 1);
-}
-
-// The producer warp brings BYTES (a multiple of 512) and opens the gate.
-static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
-{
-    const int lane = threadIdx.x % 32;
-    for (int i = lane * 16; i < bytes; i += 512)
-        *(uint4 *)((unsigned char *)dst + i) = *(const uint4 *)(src + i);
-    __threadfence_block();
-    __syncwarp();
-    if (lane == 0)
-        atomicAdd(&full->count, 1);
-    __syncwarp();
-}|}, {|typedef u64 Gate; // an mbarrier
-
-static __device__ __forceinline__ void gate_init(Gate *full, Gate *free)
-{
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(full)), "n"(t_if(PLAN_FAMILY >= 90, 1, 32)) : "memory");
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(free)), "n"(WARPS) : "memory");
-}
-
-static __device__ __forceinline__ void gate_init_done()
-{
-    t_if(PLAN_FAMILY >= 90, {|asm volatile("fence.proxy.async.shared::cta;" ::: "memory");|}, {|__threadfence_block();|})
-}
-
-// Did the phase of PARITY end?  Waits a little for it.
-static __device__ __forceinline__ bool gate_await(Gate *g, u32 parity)
-{
-    u32 passed;
-    asm volatile("{\n.reg .pred p;\n"
-                 "mbarrier.t_if(PLAN_FAMILY >= 90, try_wait, test_wait).parity.shared.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(g)), "r"(parity) : "memory");
-    return passed;
-}
-
-// The same, without waiting.
-static __device__ __forceinline__ bool gate_passed(Gate *g, u32 parity)
+// Did the phase of PARITY end?
+static __device__ __forceinline__ bool mbarrier_test_wait(u64 *b, u32 parity)
 {
     u32 passed;
     asm volatile("{\n.reg .pred p;\n"
                  "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(g)), "r"(parity) : "memory");
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(b)), "r"(parity) : "memory");
+    return passed;
+}|})
+
+t_if(PLAN_FAMILY == 80, {|// The earlier copies of this thread arrive at B when they are here.
+static __device__ __forceinline__ void mbarrier_arrive_copied(u64 *b)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(b)) : "memory");
+}|})
+
+t_if(PLAN_FAMILY >= 90, {|// The same as test_wait, but waits a little for it.
+static __device__ __forceinline__ bool mbarrier_try_wait(u64 *b, u32 parity)
+{
+    u32 passed;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(b)), "r"(parity) : "memory");
     return passed;
 }
 
-static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { return gate_await(full, use & 1); }
-static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return gate_passed(full, use & 1); }
-
-// All warps have released use - 1.
-static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
+// Arrive, and expect BYTES in this phase.
+static __device__ __forceinline__ void mbarrier_arrive_expect(u64 *b, u32 bytes)
 {
-    return use == 0 || gate_passed(free, (use - 1) & 1);
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}"
+                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
 }
 
-static __device__ __forceinline__ void gate_release(Gate *free)
+// BYTES from global to shared memory, later; they arrive at B.
+static __device__ __forceinline__ void copy_bulk(void *dst, const void *src, u32 bytes, u64 *b)
 {
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}"
-                 :: "r"(shared_address(free)) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
 
-t_if(PLAN_FAMILY >= 90, {|// The producer warp starts a bulk copy of BYTES (a multiple of 512) that opens the gate.
-static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
+// What this thread wrote to shared memory, before the copy engine comes to it.
+static __device__ __forceinline__ void fence_async_proxy()
 {
-    if (threadIdx.x % 32 == 0) {
-        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}"
-                     :: "r"(shared_address(full)), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     :: "r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(full)) : "memory");
-    }
-    __syncwarp();
-}|}, {|// The producer warp starts copies of BYTES (a multiple of 512) that open the gate.
-static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
-{
-    const int lane = threadIdx.x % 32;
-    const u32 to = shared_address(dst);
-    for (int i = lane * 16; i < bytes; i += 512)
-        copy16(to + i, src + i, 16);
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(full)) : "memory");
-    __syncwarp();
-}|})|})
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}|})
 
+|})m4_dnl

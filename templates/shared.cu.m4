@@ -19,7 +19,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= PLAN_SMEM_BYTES, "the plan's shared memory is too small");
 
-extern __shared__ Shared S[];
+t_shared({|Shared|}, {|S|})
 
 t_section({|Watchdog|})
 

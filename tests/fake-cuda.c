@@ -7,7 +7,8 @@
      busy=0         1: the stream is not done
      NAME=CODE      the function NAME returns CODE, for example cuInit=999
 
-   fake_cuda_live counts what was made and not freed. */
+   fake_cuda_live counts what was made and not freed.  It is libmkhost too: fake_host is what
+   it was told last. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +23,7 @@
 #define NOT_READY 600
 
 int fake_cuda_live;
+char fake_host[256];
 static size_t used;
 
 static long long setting(const char *key, long long absent)
@@ -351,4 +353,25 @@ int cuEventElapsedTime(float *ms, void *a, void *b)
 {
     *ms = 1.5f;
     return a && b ? 0 : 1;
+}
+
+void mkhost_seed(uint64_t seed)
+{
+    snprintf(fake_host, sizeof fake_host, "seed %llu", (unsigned long long) seed);
+}
+
+const char *mkhost_report(void)
+{
+    return setting("report", 0) ? "two\nlines" : "";
+}
+
+void mkhost_label(uint64_t base, uint64_t bytes, const char *name,
+                  void (*text)(void *user, uint64_t offset, char *out, size_t size), void *user)
+{
+    char what[64] = "";
+
+    if (text)
+        text(user, 5, what, sizeof what);
+    snprintf(fake_host, sizeof fake_host, "label %llu %llu %s: %s", (unsigned long long) base,
+             (unsigned long long) bytes, name, what);
 }

@@ -19,6 +19,7 @@
 
 #include "gen/gen.h"
 #include "runtime/cache.h"
+#include "runtime/cxx.h"
 #include "runtime/nvrtc.h"
 #include "tests/check.h"
 
@@ -835,6 +836,154 @@ static void test_packs(void)
     CHECK_STR(err.text, want);
 }
 
+/* ---- Kernels of the emulated device ---------------------------------------- */
+
+static char script[256];        /* stands for the C++ compiler; writes its arguments to "args" */
+
+static void write_script(int bad)
+{
+    char text[1024];
+    int n = snprintf(text, sizeof text, "#!/bin/sh\n"
+                     "case $* in *--version) echo 'fake c++ 1.0'; echo more; exit 0;; esac\n"
+                     "echo \"$*\" >>%s/args\n"
+                     "%secho object >kernel.so && cat kernel.cu >>kernel.so\n", base,
+                     bad ? "echo 'kernel.cu:2: error: this is bad'; exit 3\n" : "");
+
+    snprintf(script, sizeof script, "%s/cxx", base);
+    put_file(script, text, (size_t) n);
+    CHECK(chmod(script, 0755) == 0);
+    setenv("MK_HOST_CXX", script, 1);
+}
+
+static struct rt_key host_key(void)
+{
+    struct rt_key key = plain;
+
+    key.host = 1;
+    key.options = rt_cxx_options();
+    CHECK(key.options != NULL);
+    return key;
+}
+
+/* Get KEY; WANT: what the source of its object is.  Returns where it came from. */
+static int get_host(const struct rt_key *key, const char *packs, const char *want, char *path)
+{
+    struct rt_kernel *k;
+    int rc = rt_kernel_get(key, packs, NULL, on_warning, NULL, &k, &err), from = rc;
+
+    CHECKF(rc == 0, "%s", err.text);
+    if (rc == 0) {
+        from = k->from;
+        CHECKF(k->size == 7 + strlen(want) && !memcmp(k->cubin, "object\n", 7)
+               && !memcmp(k->cubin + 7, want, strlen(want)), "%.*s", (int) k->size, k->cubin);
+        snprintf(path, 4096, "%s", k->path);
+    }
+    rt_kernel_free(k);
+    return from;
+}
+
+static void check_line(const char *path, const char *file, const char *line)
+{
+    char name[4200], text[4096];
+
+    snprintf(name, sizeof name, "%s/%s", path, file);
+    text[get_file(name, text, sizeof text - 1)] = 0;
+    CHECKF(strstr(text, line), "%s lacks \"%s\": %s", file, line, text);
+}
+
+static void test_host(void)
+{
+    static const char source[] = "// kernel for\nm4_define({|MODEL_D|}, 64)\n";
+    struct rt_key key;
+    char path[4096], again[4096], want[4200], pack[256], file[4200];
+
+    fresh();
+    write_script(0);
+    shared->no_nvrtc = 1;
+    key = host_key();
+    CHECK(get_host(&key, NULL, source, path) == RT_FROM_COMPILER);
+    CHECK(get_host(&key, NULL, source, again) == RT_FROM_CACHE && warnings == 0);
+    CHECK_STR(again, path);
+    CHECK(strstr(path, "/toy-1b-host-sm_90-") && shared->emits == 1 && shared->compiles == 0);
+    check_line(path, "key", "\narch = host-sm_90\n");
+    check_line(path, "key", "-std=c++17");
+    check_line(path, "provenance", "compiler = fake c++ 1.0\n");
+    snprintf(want, sizeof want, "=%.4000s -o kernel.so -x c++ kernel.cu\n", path);
+    check_line(base, "args", want);         /* a debugger finds kernel.cu in the entry */
+    snprintf(file, sizeof file, "%s/kernel.cubin", path);
+    put_file(file, "x", 1);
+    CHECK(get_host(&key, NULL, source, again) == RT_FROM_COMPILER && warnings == 1);
+    CHECK(get_host(&key, NULL, source, again) == RT_FROM_CACHE);
+    CHECK(count_in(cache, "") == 1);
+
+    snprintf(pack, sizeof pack, "%s/host-pack", base);
+    CHECK(rt_pack_write(&key, pack, NULL, NULL, &err) == 0 && shared->emits == 2);
+    CHECK(get_host(&key, pack, source, again) == RT_FROM_PACK);
+    CHECK(!strncmp(again, pack, strlen(pack)));
+    shared->no_nvrtc = 0;
+    CHECK(get() == RT_FROM_COMPILER && count_in(cache, "toy-1b-sm_90-") == 1);
+    free((char *) key.options);
+    unlink(strcat(strcpy(want, base), "/args"));
+}
+
+static void test_host_errors(void)
+{
+    struct rt_kernel *k = (struct rt_kernel *) &err;
+    char want[1024];
+    struct rt_key key;
+
+    fresh();
+    write_script(1);
+    key = host_key();
+    CHECK(rt_kernel_get(&key, NULL, NULL, on_warning, NULL, &k, &err) == MK_ECOMPILE && !k);
+    snprintf(want, sizeof want, "kernel.cu: %s: exit status 3\nkernel.cu:2: error: this is bad",
+             script);
+    CHECKF(strstr(err.text, want), "%s", err.text);
+    CHECK(strstr(err.text, "the source is kept as ") && count_in(cache, "failed-") == 1);
+    CHECK(shared->emits == 1 && count_in(cache, "") == 1);
+    free((char *) key.options);
+
+    setenv("MK_HOST_CXX", "/no/such/compiler", 1);
+    key = host_key();
+    CHECK(rt_kernel_get(&key, NULL, NULL, on_warning, NULL, &k, &err) == MK_ETOOL && !k);
+    CHECK_STR(err.text, "/no/such/compiler: No such file or directory; a kernel for the emulated "
+              "device needs a C++ compiler (apt-get install g++, or name one in MK_HOST_CXX)");
+    CHECK(shared->emits == 1);
+    free((char *) key.options);
+}
+
+/* A faulty kernel is another entry, which holds the text that was compiled. */
+static void test_host_fault(void)
+{
+    static const struct rt_plant wide = {"wide", {{"64", "65", 1}, {"kernel", "fault", 1}}};
+    static const struct rt_plant gone = {"gone", {{"64", "65", 1}, {"64", "66", 1}}};
+    static const char sound[] = "// kernel for\nm4_define({|MODEL_D|}, 64)\n";
+    static const char faulty[] = "// fault for\nm4_define({|MODEL_D|}, 65)\n";
+    struct rt_kernel *k = (struct rt_kernel *) &err;
+    char path[4096], other[4096];
+    struct rt_key key, bad;
+
+    fresh();
+    write_script(0);
+    key = host_key();
+    CHECK(get_host(&key, NULL, sound, path) == RT_FROM_COMPILER);
+    rt_cxx_plant(&wide);
+    bad = host_key();
+    CHECK(get_host(&bad, NULL, faulty, other) == RT_FROM_COMPILER && strcmp(path, other));
+    CHECK(get_host(&bad, NULL, faulty, other) == RT_FROM_CACHE);
+    check_line(other, "kernel.cu", "MODEL_D|}, 65)");
+    check_line(other, "key", " -DMK_FAULT=wide\n");
+    free((char *) bad.options);
+    rt_cxx_plant(&gone);
+    bad = host_key();
+    CHECK(rt_kernel_get(&bad, NULL, NULL, NULL, NULL, &k, &err) == MK_ECOMPILE && !k);
+    CHECK_STR(err.text, "fault gone: its text is not in the kernel 1 times but 0: 64");
+    free((char *) bad.options);
+    rt_cxx_plant(NULL);
+    CHECK(get_host(&key, NULL, sound, other) == RT_FROM_CACHE && !strcmp(path, other));
+    free((char *) key.options);
+}
+
 int main(void)
 {
     const char *tmp = getenv("TMPDIR");
@@ -863,6 +1012,9 @@ int main(void)
     test_home();
     test_owner();
     test_packs();
+    test_host();
+    test_host_errors();
+    test_host_fault();
     remove_all(base);
     return check_done();
 }

@@ -107,6 +107,11 @@ says 2 mkgen '--output - and --dump-plan both want standard output' \
     -m "$toy" -a 90 -o - --dump-plan
 says 2 mkgen '--output - and --compile both want standard output' -m "$toy" -a 90 -o - --compile
 says 2 mkgen '--cubin: a file is needed, not standard output' -m "$toy" -a 90 --cubin -
+says 2 mkgen '--emulate is for --arch host' -m "$toy" --emulate sm_90
+says 2 mkgen '--emulate is for --arch host' -m "$toy" -a all --emulate sm_90
+says 2 mkgen '--gpu names a GPU, --arch host an emulated one' -m "$toy" -a host -g h200
+run 2 mkgen -m "$toy" -a host --emulate sm_99
+has '^mkgen: --emulate: .*sm_99.*90.*121' err 'an unknown architecture to emulate'
 says 1 mkgen '--gpu a100 is sm_80, --arch says sm_90' -m "$toy" -a sm_90 -g a100
 says 1 mkgen '--gpu h200 and --arch native name two GPUs' -m "$toy" -a native -g h200
 run 2 mkgen -m "$toy" -a sm_99
@@ -144,6 +149,10 @@ for gpu in $(cat gpus); do
 done
 run 0 mkgen --arch all --print-gpu
 [ "$(grep -c '^arch = ' out)" = 11 ] || fail "--arch all is not 11 architectures"
+run 0 mkgen --arch host --print-gpu
+has '^name = host-sm_90$' out 'the emulated GPU'
+run 0 mkgen --arch host --emulate 75 --print-gpu
+has '^name = host-sm_75$' out 'the emulated GPU of sm_75'
 printf 'sms = many\n' >bad.gpu
 run 1 mkgen --gpu bad.gpu --print-gpu
 has '^mkgen: bad.gpu:1: ' err 'a bad GPU file'
@@ -170,6 +179,24 @@ emission()
     [ "$(ls)" = "$(printf 'err\nout\ntoy-qwen3-sm_90.cu')" ] || fail "files left over: $(ls)"
     run 0 mkgen -m "$toy" -a 80 -a 75 -q
     [ -s toy-qwen3-sm_80.cu ] && [ -s toy-qwen3-sm_75.cu ] || fail "two architectures: $(ls)"
+    run 0 mkgen -m "$toy" -a host -q
+    run 0 mkgen -m "$toy" -a host --emulate 75 -q
+    [ -s toy-qwen3-host-sm_90.cu ] && [ -s toy-qwen3-host-sm_75.cu ] || fail "--arch host: $(ls)"
+    cmp -s toy-qwen3-host-sm_90.cu ../first.cu && fail "--arch host gives the GPU's source"
+    cat >cxx <<'EOT'
+#!/bin/sh
+case $* in *--version) echo 'a compiler';; *) cp kernel.cu kernel.so;; esac
+EOT
+    chmod +x cxx
+    MK_HOST_CXX=./cxx MK_CACHE_DIR=$PWD/cache
+    export MK_HOST_CXX MK_CACHE_DIR
+    run 0 mkgen -m "$toy" -a host -q --compile --cubin kernel.so
+    has '/toy-qwen3-host-sm_90-.*: [0-9]* bytes, compiled in' out '--arch host --compile'
+    cmp -s kernel.so toy-qwen3-host-sm_90.cu || fail "--arch host --compile compiles other text"
+    run 0 mkgen -m "$toy" -a host -q --compile
+    has 'found in the cache' out '--arch host --compile, again'
+    unset MK_HOST_CXX MK_CACHE_DIR
+    rm -r cache
     ln -s toy-qwen3-sm_80.cu link.cu
     run 0 mkgen -m "$toy" -a 90 -q -o link.cu
     [ -L link.cu ] && cmp -s toy-qwen3-sm_80.cu ../first.cu || fail "a link was replaced"
@@ -204,7 +231,14 @@ says 2 mkrun "--top-k: 'many' is not an integer from 0 to 16777216" . --top-k ma
 says 2 mkrun "--top-p: '1.5' is not a number from 0 to 1" . --top-p 1.5
 says 2 mkrun '--top-p: must be above 0' . --top-p 0
 says 2 mkrun "--seed: '-3' is not an integer from 0 to 2^64 - 1" . --seed -3
-says 2 mkrun "--device: 'tpu' is not gpu, cpu or auto" . --device tpu
+says 2 mkrun "--device: 'tpu' is not gpu, cpu, host, host:sm_XX or auto" . --device tpu
+says 1 mkrun 'device host:sm_91: architecture "sm_91" is not supported; known are sm_ and one of'\
+' 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121' . --device host:sm_91
+MK_HOST_DRIVER=no-libmkhost.so
+export MK_HOST_DRIVER
+says 1 mkrun 'the emulated device cannot be opened (no-libmkhost.so: cannot open shared object'\
+' file: No such file or directory)' "$srcdir/../models/demo" --device host -p x
+unset MK_HOST_DRIVER
 run 1 mkrun no-such-folder -p hello
 has '^mkrun: .*no-such-folder' err 'a model folder that is not there'
 run 1 mkrun "$toy" --device cpu -p hello

@@ -40,7 +40,7 @@ static void check_open_fails(const char *settings, int index, int code, const ch
 
     pretend(settings);
     memset(&err, 0, sizeof err);
-    CHECK(rt_device_open(index, &d, &err) == code && err.code == code);
+    CHECK(rt_device_open("gpu", index, &d, &err) == code && err.code == code);
     CHECK(!d);
     CHECK_STR(err.text, text);
 }
@@ -50,12 +50,12 @@ static void test_no_driver(void)
     struct rt_device *d;
 
     setenv("MK_CUDA_DRIVER", "libno-such-driver.so", 1);
-    CHECK(rt_device_open(0, &d, &err) == MK_ENOGPU);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == MK_ENOGPU);
     CHECK_STR(err.text, "no NVIDIA driver (libno-such-driver.so: cannot open shared object file: "
               "No such file or directory)");
-    CHECK(rt_device_open(0, &d, NULL) == MK_ENOGPU);
+    CHECK(rt_device_open("gpu", 0, &d, NULL) == MK_ENOGPU);
     setenv("MK_CUDA_DRIVER", "libc.so.6", 1);
-    CHECK(rt_device_open(0, &d, &err) == MK_ENOGPU);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == MK_ENOGPU);
     CHECK_STR(err.text, "libc.so.6 has no cuInit: the NVIDIA driver is too old, "
               "or this is another library");
 }
@@ -89,7 +89,7 @@ static void test_facts(void)
     struct gen_gpu g;
 
     pretend("devices=3,arch=121,sms=48");
-    CHECK(rt_device_open(2, &d, &err) == 0);
+    CHECK(rt_device_open("gpu", 2, &d, &err) == 0);
     rt_device_facts(d, &g);
     CHECK_STR(rt_device_name(d), "Fake GPU (2) X2");
     CHECK_STR(g.name, "fake-gpu-2-x2");
@@ -114,7 +114,7 @@ static void test_memory(void)
     rt_ptr p, q;
 
     pretend("memory=1000000");
-    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == 0);
     CHECK(rt_device_alloc(d, 600000, &p, &err) == 0 && p);
     rt_device_memory(d, &left, &total);
     CHECK(left == 400000 && total == 1000000);
@@ -155,7 +155,7 @@ static void test_stream(void)
     float ms = 0;
 
     pretend("");
-    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == 0);
     CHECK(rt_device_sync(d, &err) == 0);
     pretend("cuStreamSynchronize=719");
     CHECK(rt_device_sync(d, &err) == MK_EDEVICE);
@@ -208,7 +208,7 @@ static void test_module(void)
     size_t n = make_cubin(cubin, 7, 0x5a055a, 128);
 
     pretend("arch=90");
-    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == 0);
     CHECK(rt_module_load(d, cubin, n, &m, &err) == 0 && m);
     CHECK(rt_module_func(d, m, "mk_forward", 200000, &f, &err) == 0 && f);
     CHECK(rt_module_func(d, m, "other", 0, &f, &err) == MK_EDEVICE && !f);
@@ -251,7 +251,7 @@ static void test_launch(void)
     size_t n = make_cubin(cubin, 7, 0x5a055a, 128);
 
     pretend("fit=2,sms=4");
-    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == 0);
     CHECK(rt_module_load(d, cubin, n, &m, &err) == 0);
     CHECK(rt_module_func(d, m, "mk_forward", 1024, &f, &err) == 0);
     CHECK(rt_launch(d, f, 8, 256, 1024, 1, params, &err) == 0);
@@ -274,6 +274,105 @@ static void test_launch(void)
     rt_device_close(d);
 }
 
+/* ---- The emulated device ----------------------------------------------------- */
+
+static void check_host_fails(const char *which, int code, const char *text)
+{
+    struct rt_device *d = (struct rt_device *) &err;
+
+    CHECK(rt_device_open(which, 0, &d, &err) == code && !d);
+    CHECK_STR(err.text, text);
+}
+
+static void test_host_errors(const char *fake)
+{
+    setenv("MK_HOST_DRIVER", "libno-such-machine.so", 1);
+    check_host_fails("host", MK_ENOGPU, "the emulated device cannot be opened "
+                     "(libno-such-machine.so: cannot open shared object file: "
+                     "No such file or directory)");
+    setenv("MK_HOST_DRIVER", "libc.so.6", 1);
+    check_host_fails("host", MK_ENOGPU, "libc.so.6 has no cuInit: it is not the libmkhost.so of "
+                     "this version");
+    setenv("MK_HOST_DRIVER", fake, 1);
+    pretend("arch=90");
+    check_host_fails("host:sm_80", MK_ENOGPU, "libmkhost.so does not emulate sm_80");
+    check_host_fails("hosts", MK_EINVAL, "\"hosts\" is not a device: they are gpu, host and "
+                     "host:sm_XX");
+    check_host_fails("host:", MK_EUNSUPPORTED, "device host:: architecture \"\" is not supported; "
+                     "known are sm_ and one of 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121");
+    check_host_fails("host:sm_91", MK_EUNSUPPORTED, "device host:sm_91: architecture \"sm_91\" is "
+                     "not supported; known are sm_ and one of 75, 80, 86, 87, 89, 90, 100, 103, "
+                     "110, 120, 121");
+    CHECK(rt_device_open("cpu", 0, &(struct rt_device *) { NULL }, NULL) == MK_EINVAL);
+}
+
+static void label_text(void *user, uint64_t offset, char *out, size_t size)
+{
+    snprintf(out, size, "%s at %d", (const char *) user, (int) offset);
+}
+
+static void test_host(const char *told)
+{
+    struct rt_device *d, *gpu;
+    struct gen_gpu g;
+
+    pretend("arch=75,devices=3,sms=99");
+    CHECK(rt_device_open("host:sm_75", 7, &d, &err) == 0);
+    CHECK(rt_device_open(NULL, 0, &gpu, &err) == 0);
+    rt_device_facts(d, &g);
+    CHECK(rt_device_is_host(d) && g.host && g.arch == 75 && g.sms == 4 && g.smem_block == 65536);
+    CHECK_STR(g.name, "host-sm_75");
+    CHECK(rt_device_clock(d) == 0);
+    rt_device_facts(gpu, &g);
+    CHECK(!rt_device_is_host(gpu) && !g.host && g.sms == 99);
+    rt_device_seed(d, 1ull << 40);
+    CHECK_STR(told, "seed 1099511627776");
+    rt_device_seed(gpu, 3);
+    CHECK_STR(told, "seed 1099511627776");
+    rt_device_label(d, 4096, 100, "box", label_text, (void *) "thing");
+    CHECK_STR(told, "label 4096 100 box: thing at 5");
+    rt_device_label(d, 4096, 0, "box", NULL, NULL);
+    CHECK_STR(told, "label 4096 0 box: ");
+    rt_device_label(gpu, 1, 2, "other", NULL, NULL);
+    CHECK_STR(told, "label 4096 0 box: ");
+    CHECK_STR(rt_device_report(d), "");
+    pretend("report=1");
+    CHECK_STR(rt_device_report(d), "two\nlines");
+    CHECK_STR(rt_device_report(gpu), "");
+    rt_device_close(d);
+    rt_device_close(gpu);
+}
+
+/* A kernel of an emulated device is a shared object. */
+static void test_host_module(void)
+{
+    const uint16_t dyn = 3, machine = 62;
+    unsigned char object[256];
+    struct rt_device *d;
+    rt_module m;
+    rt_func f;
+    size_t n = make_cubin(object, 0, 0, 128);
+
+    pretend("arch=90");
+    CHECK(rt_device_open("host", 0, &d, &err) == 0);
+    CHECK(rt_module_load(d, object, n, &m, &err) == MK_EFORMAT && !m);
+    memcpy(object + 16, &dyn, 2);
+    CHECK(rt_module_load(d, object, n, &m, &err) == MK_EFORMAT && !m);
+    CHECK_STR(err.text, "the 256 bytes given are not a whole kernel for Fake GPU (0) X0");
+    memcpy(object + 18, &machine, 2);
+    for (size_t i = 0; i < n; i++)
+        CHECK(rt_module_load(d, object, i, &m, &err) == MK_EFORMAT && !m);
+    CHECK(rt_module_load(d, object, n, &m, &err) == 0 && m);
+    CHECK(rt_module_func(d, m, "mk_decode", 1000, &f, &err) == 0 && f);
+    rt_module_free(d, m);
+    pretend("arch=90,cuModuleLoadData=200");
+    CHECK(rt_module_load(d, object, n, &m, &err) == MK_EUNSUPPORTED && !m);
+    CHECK_STR(err.text, "Fake GPU (0) X0 refuses the kernel: cuModuleLoadData: "
+              "CUDA_ERROR_INVALID_IMAGE (said the fake)");
+    pretend("");
+    rt_device_close(d);
+}
+
 static void *use_device(void *arg)
 {
     rt_ptr p;
@@ -291,7 +390,7 @@ static void test_other_thread(void)
     pthread_t t;
     void *bad = NULL;
 
-    CHECK(rt_device_open(0, &d, &err) == 0);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == 0);
     CHECK(pthread_create(&t, NULL, use_device, d) == 0);
     CHECK(pthread_join(t, &bad) == 0 && !bad);
     rt_device_close(d);
@@ -350,6 +449,9 @@ int main(void)
     test_other_thread();
     lib = dlopen(path, RTLD_NOW);
     live = lib ? dlsym(lib, "fake_cuda_live") : NULL;
+    test_host_errors(path);
+    test_host(lib ? dlsym(lib, "fake_host") : NULL);
+    test_host_module();
     CHECKF(live && *live == 0, "%d driver objects were not freed", live ? *live : -1);
     return check_done();
 }

@@ -361,7 +361,7 @@ int main(int argc, char **argv)
     struct rt_device *d;
     struct mk_err err;
 
-    if (rt_device_open(0, &d, &err))
+    if (rt_device_open("gpu", 0, &d, &err))
         SKIP("%s", err.text);
     rt_device_close(d);
     if (argc > 2) {

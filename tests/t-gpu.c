@@ -87,6 +87,29 @@ static void test_defaults(void)
     CHECK(gen_gpu_default(0, &g, &err) == MK_EUNSUPPORTED);
 }
 
+/* The emulated GPU is the default one, but for its name and its few SMs. */
+static void test_host(void)
+{
+    struct gen_gpu g, real;
+    char *text;
+
+    for (const int *arch = gen_gpu_archs(); *arch; arch++) {
+        char name[32];
+
+        CHECK(gen_gpu_host(*arch, &g) == 0 && gen_gpu_default(*arch, &real, NULL) == 0);
+        snprintf(name, sizeof(name), "host-sm_%d", *arch);
+        CHECK_STR(g.name, name);
+        CHECK(g.host == 1 && real.host == 0 && g.arch == *arch && g.sms == 4);
+        CHECK(g.smem_block == real.smem_block && g.mem_gbps == real.mem_gbps);
+        CHECK(g.clusters[0] == 4 && g.clusters[2] == (*arch >= 90) && g.clusters[3] == 0);
+    }
+    CHECK(gen_gpu_host(70, &g) == MK_EUNSUPPORTED);
+    CHECK(gen_gpu_host(90, &g) == 0);
+    text = gen_gpu_print(&g);
+    CHECK(text && strstr(text, "name = host-sm_90\n") && !strstr(text, "host = "));
+    free(text);
+}
+
 static void test_arch_names(void)
 {
     static const struct {
@@ -200,6 +223,7 @@ int main(void)
     test_profiles();
     test_h200();
     test_defaults();
+    test_host();
     test_arch_names();
     test_files();
     test_bad_places();

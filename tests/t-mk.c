@@ -1080,7 +1080,7 @@ static void test_open_arguments(void)
     struct mk_model *m = model;
 
     FAILS(mk_open(demo, &options, &m, &err), MK_EINVAL,
-          "device is \"tpu\"; it must be auto, gpu or cpu");
+          "device is \"tpu\"; it must be auto, gpu, cpu, host or host:sm_XX");
     CHECK(!m);
     options = (struct mk_options){.size = 4};
     FAILS(mk_open(demo, &options, &m, &err), MK_EINVAL, "mk_open: options.size is 4, not %zu",

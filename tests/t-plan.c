@@ -668,6 +668,7 @@ static void test_round_trip(void)
                                       "unroll_layers=loop",
                                       "dtype=fp16",
                                       "fault=hang",
+                                      "epoch0=2147000000",
                                       NULL};
     static struct gen_plan p;
     struct gen_model m;
@@ -685,6 +686,7 @@ static void test_round_trip(void)
     CHECK(p.tokens_per_launch == 3 && p.prefill_tokens == 48 && p.gemm_m == 64 && p.gemm_n == 64);
     CHECK(p.gemm_k == 32 && p.gemm_stages == 3 && p.flash_m == 128 && p.flash_n == 32);
     CHECK(p.unroll_layers == 1 && p.dtype == GEN_FP16 && p.fault == 1 && p.context == 100);
+    CHECK(p.epoch0 == 2147000000);
     check_round_trip(&p);
     CHECKF(make(&m, &g, 0, NULL, NULL, &p) == 0, "%s", err.text);
     check_round_trip(&p);

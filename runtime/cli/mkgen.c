@@ -16,7 +16,8 @@ static const char help[] =
     "What to generate:\n"
     "  -m, --model MODEL    name of a carried model, a folder with config.json, or the file\n"
     "  -a, --arch ARCH      sm_75 ... sm_121, native (the GPU in this machine, the default),\n"
-    "                       or all; may be repeated\n"
+    "                       all, or host (the emulated GPU); may be repeated\n"
+    "      --emulate ARCH   what --arch host emulates (default sm_90); its source is C++\n"
     "  -g, --gpu GPU        name of a GPU profile or a file as --print-gpu writes it;\n"
     "                       without it, the default profile of the architecture\n"
     "  -c, --context N      tokens that the KV cache holds\n"
@@ -24,9 +25,10 @@ static const char help[] =
     "  -p, --plan FILE      plan choices, one \"key = value\" per line\n"
     "  -s, --set KEY=VALUE  one plan choice; wins over the file; may be repeated\n"
     "\n"
-    "What to write (without any of these: NAME-sm_XX.cu in the current folder):\n"
+    "What to write (without any of these: NAME-sm_XX.cu, or NAME-host-sm_XX.cu, in the\n"
+    "current folder):\n"
     "  -o, --output FILE    the source; \"-\" is standard output\n"
-    "      --cubin FILE     the compiled kernel\n"
+    "      --cubin FILE     the compiled kernel (host: a shared object)\n"
     "      --pack DIR       the compiled kernel as an entry of the pack folder DIR\n"
     "      --compile        the compiled kernel as an entry of the cache, where the engine\n"
     "                       finds it; prints its folder, size and time\n"
@@ -41,14 +43,15 @@ static const char help[] =
     "\n"
     "Example: mkgen --model qwen3-0.6b --arch sm_90 --cubin qwen3.cubin\n";
 
-enum { NATIVE = -1, MAX_ARCHS = 32 };
+enum { NATIVE = -1, HOST = -2, MAX_ARCHS = 32, DEFAULT_EMULATE = 90 };
 
 struct options {
     const char *model, *gpu, *plan, *output, *cubin, *pack;
     struct cli_list set;
-    int archs[MAX_ARCHS];       /* 75 ... or NATIVE */
+    int archs[MAX_ARCHS];       /* 75 ..., NATIVE or HOST */
     int n_archs;
     int all;                    /* --arch all: what the NVRTC does not know is skipped */
+    int emulate;                /* of --arch host; 0: not given */
     int context;
     int compile, dump_plan, print_gpu, quiet;
 };
@@ -120,6 +123,8 @@ static int parse_arch(struct options *o, const char *text)
 
     if (!strcmp(text, "native"))
         return add_arch(o, NATIVE);
+    if (!strcmp(text, "host"))
+        return add_arch(o, HOST);
     if (!strcmp(text, "all")) {
         o->all = 1;
         for (const int *a = gen_gpu_archs(); *a && !rc; a++)
@@ -131,10 +136,24 @@ static int parse_arch(struct options *o, const char *text)
     return add_arch(o, arch);
 }
 
+static int parse_emulate(struct options *o, const char *text)
+{
+    struct mk_err err;
+
+    return gen_gpu_arch(text, &o->emulate, &err) ? cli_usage("--emulate: %s", err.text) : 0;
+}
+
 /* Combinations that make no sense. */
 static int check_options(struct options *o)
 {
-    int several = o->n_archs > 1;
+    int several = o->n_archs > 1, host = 0;
+
+    for (int i = 0; i < o->n_archs; i++)
+        host |= o->archs[i] == HOST;
+    if (o->emulate && !host)
+        return cli_usage("--emulate is for --arch host");
+    if (host && o->gpu)
+        return cli_usage("--gpu names a GPU, --arch host an emulated one");
 
     if (!o->model && !o->print_gpu)
         return cli_usage("--model is missing; --list-models names those that are carried");
@@ -155,11 +174,12 @@ static int check_options(struct options *o)
     return 0;
 }
 
-enum { OPT_CUBIN = 256, OPT_PACK, OPT_COMPILE, OPT_DUMP, OPT_PRINT, OPT_MODELS, OPT_GPUS,
-       OPT_KEYS, OPT_HELP, OPT_VERSION };
+enum { OPT_CUBIN = 256, OPT_EMULATE, OPT_PACK, OPT_COMPILE, OPT_DUMP, OPT_PRINT, OPT_MODELS,
+       OPT_GPUS, OPT_KEYS, OPT_HELP, OPT_VERSION };
 
 static const struct option longs[] = {
     { "model", required_argument, NULL, 'm' },     { "arch", required_argument, NULL, 'a' },
+    { "emulate", required_argument, NULL, OPT_EMULATE },
     { "gpu", required_argument, NULL, 'g' },       { "context", required_argument, NULL, 'c' },
     { "plan", required_argument, NULL, 'p' },      { "set", required_argument, NULL, 's' },
     { "output", required_argument, NULL, 'o' },    { "cubin", required_argument, NULL, OPT_CUBIN },
@@ -186,6 +206,7 @@ static int parse(int argc, char **argv, struct options *o)
         case 's': rc = cli_list_add(&o->set, optarg); break;
         case 'o': o->output = optarg; break;
         case 'q': o->quiet = 1; break;
+        case OPT_EMULATE: rc = parse_emulate(o, optarg); break;
         case OPT_CUBIN: o->cubin = optarg; break;
         case OPT_PACK: o->pack = optarg; break;
         case OPT_COMPILE: o->compile = 1; break;
@@ -209,7 +230,7 @@ static int parse(int argc, char **argv, struct options *o)
 static int native_gpu(struct gen_gpu *g, struct mk_err *err)
 {
     struct rt_device *d;
-    int rc = rt_device_open(0, &d, err);
+    int rc = rt_device_open("gpu", 0, &d, err);
 
     if (rc)
         return gen_fail_in(err, rc, "--arch native (say --arch sm_XX to generate for a GPU "
@@ -224,6 +245,8 @@ static int find_gpu(const struct options *o, int arch, struct gen_gpu *g, struct
 {
     int rc;
 
+    if (arch == HOST)
+        return gen_gpu_host(o->emulate ? o->emulate : DEFAULT_EMULATE, g);
     if (!o->gpu)
         return arch > 0 ? gen_gpu_default(arch, g, err) : native_gpu(g, err);
     rc = gen_gpu_read(o->gpu, g, err);
@@ -244,13 +267,19 @@ static int print_text(char *text, FILE *to)
     return 0;
 }
 
-/* Of several architectures the message names its own. */
-static int arch_failed(const struct options *o, int arch, const struct mk_err *err)
+static const char *host_prefix(int host)
 {
-    return o->n_archs > 1 ? cli_fail("sm_%d: %s", arch, err->text) : cli_error(err);
+    return host ? "host-" : "";
 }
 
-/* Write the source, to --output or NAME-sm_XX.cu. */
+/* Of several architectures the message names its own. */
+static int arch_failed(const struct options *o, int host, int arch, const struct mk_err *err)
+{
+    return o->n_archs > 1 ? cli_fail("%ssm_%d: %s", host_prefix(host), arch, err->text)
+                          : cli_error(err);
+}
+
+/* Write the source, to --output, NAME-sm_XX.cu or NAME-host-sm_XX.cu. */
 static int write_source(const struct options *o, const struct rt_key *key)
 {
     char name[128], size[16];
@@ -260,11 +289,12 @@ static int write_source(const struct options *o, const struct rt_key *key)
     int rc;
 
     if (!path) {
-        snprintf(name, sizeof(name), "%s-sm_%d.cu", key->name, key->arch);
+        snprintf(name, sizeof(name), "%s-%ssm_%d.cu", key->name, host_prefix(key->host),
+                 key->arch);
         path = name;
     }
     if (gen_emit(key->params, &src, &err))
-        return arch_failed(o, key->arch, &err);
+        return arch_failed(o, key->host, key->arch, &err);
     rc = cli_file_put(path, src, strlen(src));
     if (rc == 0 && !o->quiet && strcmp(path, "-"))
         cli_note("wrote %s, %s", path, cli_size((int64_t) strlen(src), size));
@@ -272,13 +302,14 @@ static int write_source(const struct options *o, const struct rt_key *key)
     return rc;
 }
 
-static int kernel_failed(const struct options *o, int arch, int rc, const struct mk_err *err)
+static int kernel_failed(const struct options *o, const struct rt_key *key, int rc,
+                         const struct mk_err *err)
 {
     if (rc == MK_EUNSUPPORTED && o->all) {
-        cli_note("sm_%d skipped: %s", arch, err->text);
+        cli_note("sm_%d skipped: %s", key->arch, err->text);
         return -1;
     }
-    return arch_failed(o, arch, err);
+    return arch_failed(o, key->host, key->arch, err);
 }
 
 /* Write what must be compiled.  Returns 0, CLI_FAILED, or -1: skipped. */
@@ -295,7 +326,7 @@ static int write_kernel(const struct options *o, const struct rt_key *key)
         rc = rt_kernel_get(key, NULL, cli_progress, cli_warn, NULL, &k, &err);
         cli_progress_clear();
         if (rc)
-            return kernel_failed(o, key->arch, rc, &err);
+            return kernel_failed(o, key, rc, &err);
         if (o->compile)
             printf("%s: %zu bytes, %s in %.2f s\n", *k->path ? k->path : "(not stored)", k->size,
                    how[k->from & 3], cli_now() - start);
@@ -310,10 +341,10 @@ static int write_kernel(const struct options *o, const struct rt_key *key)
         rc = rt_pack_write(key, o->pack, cli_progress, NULL, &err);
         cli_progress_clear();
         if (rc)
-            return kernel_failed(o, key->arch, rc, &err);
+            return kernel_failed(o, key, rc, &err);
         if (!o->quiet)
-            cli_note("wrote sm_%d into the pack %s in %.2f s", key->arch, o->pack,
-                     cli_now() - start);
+            cli_note("wrote %ssm_%d into the pack %s in %.2f s", host_prefix(key->host),
+                     key->arch, o->pack, cli_now() - start);
     }
     return 0;
 }
@@ -332,7 +363,7 @@ static int generate(const struct options *o, const struct gen_model *m, const st
     if (gen_plan_make(m, g, o->context, o->plan, o->set.item, plan, &err) ||
         rt_key_make(plan, g->arch, &key, &err)) {
         free(plan);
-        return arch_failed(o, g->arch, &err);
+        return arch_failed(o, g->host, g->arch, &err);
     }
     if (!o->quiet)
         rc = print_text(gen_plan_summary(plan), stderr);

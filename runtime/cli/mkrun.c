@@ -42,7 +42,8 @@ static const char help[] =
     "      --stats          speeds, on standard error\n"
     "\n"
     "Machine:\n"
-    "      --device WHERE   gpu, cpu or auto (default: the GPU if there is one)\n"
+    "      --device WHERE   gpu, cpu or auto (default: the GPU if there is one); host or\n"
+    "                       host:sm_XX: the kernel on an emulated GPU, to test and debug it\n"
     "  -c, --context N      tokens of prompt and answers together\n"
     "                       (default: the model's maximum or 4096, whichever is smaller)\n"
     "      --threads N      of the CPU (default: one per core)\n"
@@ -98,9 +99,10 @@ static const struct option longs[] = {
 
 static int parse_device(const char *text)
 {
-    if (!strcmp(text, "gpu") || !strcmp(text, "cpu") || !strcmp(text, "auto"))
+    if (!strcmp(text, "gpu") || !strcmp(text, "cpu") || !strcmp(text, "auto")
+        || !strcmp(text, "host") || !strncmp(text, "host:", 5))
         return 0;
-    return cli_usage("--device: '%s' is not gpu, cpu or auto", text);
+    return cli_usage("--device: '%s' is not gpu, cpu, host, host:sm_XX or auto", text);
 }
 
 static int check_options(struct options *o, int argc, char **argv)

@@ -61,6 +61,11 @@ t_section(TITLE)
 
 m4_define({|t_section|}, {|t_note({|---- $1 |}m4_translit(m4_format({|%*s|}, m4_eval(80 - m4_len({|$1|})), {||}), {| |}, {|-|}))|})
 
+t_shared(TYPE, NAME)
+  The CTA's shared memory as NAME, an array of TYPE: NAME->member is how to use it.
+
+m4_define({|t_shared|}, {|t_if(PLAN_HOST, {|#define $2 (($1 *)mkhost_now->shared)|}, {|extern __shared__ $1 $2[];|})|})
+
 PLAN_AT(LAYER, PHASE)        bytes from a stream's start to PHASE of LAYER
 PLAN_VEC_AT(LAYER, VECTOR)   floats from args.vec to VECTOR of LAYER
 PLAN_KV_AT(LAYER)            elements from args.kv to LAYER

@@ -1,0 +1,289 @@
+/* copy.c - what lands later: mbarriers, the copy engine's bulk copies, cp.async. */
+#include "runtime/host/machine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST_MBARRIERS = 256 };
+static const uint32_t MAGIC = 0x6d626172; /* upper half of an mbarrier's word; the lower is its number */
+
+/* ---- mbarriers (9.7.13.15) ------------------------------------------------ */
+
+void mbarrier_free(struct cta *cta)
+{
+    free(cta->mbarriers);
+    cta->mbarriers = NULL;
+    cta->n_mbarriers = 0;
+    cta->copies = 0;
+}
+
+static struct mbarrier *find_mbarrier(struct lane *l, uint64_t *word)
+{
+    struct cta *cta = l->warp->cta;
+    const uint64_t v = *word;
+
+    if (v >> 32 != MAGIC || (uint32_t) v >= (uint32_t) cta->n_mbarriers ||
+        cta->mbarriers[(uint32_t) v].word != word)
+        misuse("no mbarrier was made at %p", (void *) word);
+    if (__tsan_read_range)
+        __tsan_read_range(word, sizeof *word);
+    return &cta->mbarriers[(uint32_t) v];
+}
+
+static void end_phase(struct mbarrier *b)
+{
+    if (b->pending || b->bytes)
+        return;
+    b->phase++;
+    b->pending = b->expected;
+    changed(b->word);
+}
+
+static void arrive(struct mbarrier *b)
+{
+    if (!b->pending)
+        misuse("one arrival too many at the mbarrier %p", (void *) b->word);
+    b->pending--;
+    end_phase(b);
+}
+
+void mkhost_mbarrier_init(uint64_t *word, uint32_t count)
+{
+    struct lane *l = ENTER("mbarrier.init", word);
+    struct cta *cta = l->warp->cta;
+
+    if (!cta->mbarriers && !(cta->mbarriers = calloc(MOST_MBARRIERS, sizeof *cta->mbarriers)))
+        misuse("no memory");
+    if (cta->n_mbarriers == MOST_MBARRIERS || (uintptr_t) word % 8 || !count)
+        misuse("mbarrier.init of %p for %u arrivals, the %dth", (void *) word, count, cta->n_mbarriers);
+    if (__tsan_write_range)
+        __tsan_write_range(word, sizeof *word);
+    *word = (uint64_t) MAGIC << 32 | (uint32_t) cta->n_mbarriers;
+    cta->mbarriers[cta->n_mbarriers++] =
+        (struct mbarrier) {.word = word, .expected = count, .pending = count, .maker = l};
+}
+
+/* mbarrier.arrive, with EXPECT bytes mbarrier.arrive.expect_tx. */
+void mkhost_mbarrier_arrive(uint64_t *word, uint32_t expect)
+{
+    struct lane *l = ENTER("mbarrier.arrive", word);
+    struct mbarrier *b = find_mbarrier(l, word);
+
+    progress(l);
+    if (expect >= 1 << 20)
+        misuse("mbarrier.arrive.expect_tx of %u bytes", expect);
+    release(&b->clock[b->phase & 1]);
+    b->bytes += expect;
+    arrive(b);
+}
+
+/* test_wait and try_wait: did the phase of PARITY end?  Both may say so late. */
+_Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
+{
+    struct lane *l = ENTER("mbarrier.test_wait", word);
+    struct mbarrier *b = find_mbarrier(l, word);
+
+    if ((b->phase & 1) == (parity & 1)) {
+        polled(l, word);
+        b = find_mbarrier(l, word);
+    }
+    if ((b->phase & 1) == (parity & 1))
+        return 0;
+    if (machine.seed && machine_random(16) == 0)
+        return 0;
+    acquire(&b->clock[(b->phase - 1) & 1]);
+    progress(l);
+    return 1;
+}
+
+/* fence.proxy.async (9.7.13.5): the engine sees the mbarriers that this thread made. */
+void mkhost_fence_async_proxy(void)
+{
+    struct lane *l = ENTER("fence.proxy.async", NULL);
+    struct cta *cta = l->warp->cta;
+
+    for (int i = 0; i < cta->n_mbarriers; i++)
+        if (cta->mbarriers[i].maker == l)
+            cta->mbarriers[i].fenced = 1;
+}
+
+/* ---- The copy engine: cp.async.bulk (9.7.9.25.5) -------------------------- */
+
+static int overlap(const char *a, uint32_t a_bytes, const char *b, uint32_t b_bytes)
+{
+    return a < b + b_bytes && b < a + a_bytes;
+}
+
+static void check_bulk(const struct cta *cta, const char *dst, const char *src, uint32_t bytes)
+{
+    if ((uintptr_t) dst % 16 || (uintptr_t) src % 16 || bytes % 16 || !bytes)
+        misuse("cp.async.bulk of %u bytes from %p to %p: not multiples of 16", bytes, (const void *) src,
+               (const void *) dst);
+    if (dst < cta->shared || dst + bytes > cta->shared + machine.smem)
+        misuse("cp.async.bulk of %u bytes to %p: outside shared memory", bytes, (const void *) dst);
+    if (__asan_region_is_poisoned && __asan_region_is_poisoned((void *) src, bytes))
+        misuse("cp.async.bulk of %u bytes from %p: outside every buffer", bytes, (const void *) src);
+    for (int i = 0; i < machine.n_bulks; i++)
+        if (overlap(machine.bulks[i].dst, machine.bulks[i].bytes, dst, bytes))
+            misuse("cp.async.bulk to %p, where another copy is on its way", (const void *) dst);
+}
+
+/* From now on the destination may be anything, and to write it is the engine's. */
+void mkhost_copy_bulk(void *dst, const void *src, uint32_t bytes, uint64_t *word)
+{
+    struct lane *l = ENTER("cp.async.bulk", dst);
+    struct cta *cta = l->warp->cta;
+    struct mbarrier *b = find_mbarrier(l, word);
+
+    progress(l);
+    check_bulk(cta, dst, src, bytes);
+    if (!b->fenced)
+        misuse("cp.async.bulk with an mbarrier that no fence.proxy.async followed");
+    if (__tsan_write_range)
+        __tsan_write_range(dst, bytes);
+    release(&b->clock[b->phase & 1]);
+    memset(dst, 0xff, bytes);
+    if (machine.n_bulks == machine.room_bulks) {
+        const int room = machine.room_bulks * 2 + 16;
+        struct bulk *more = realloc(machine.bulks, (size_t) room * sizeof *more);
+        if (!more)
+            misuse("no memory");
+        machine.bulks = more;
+        machine.room_bulks = room;
+    }
+    machine.bulks[machine.n_bulks++] = (struct bulk) {cta, dst, src, bytes, b};
+    machine.n_late++;
+    cta->copies++;
+}
+
+/* A part of copy I lands. */
+static void land_bulk(int i)
+{
+    struct bulk *c = &machine.bulks[i];
+    const uint32_t most = machine.seed ? 16 * (1 + (uint32_t) machine_random(c->bytes / 16)) : c->bytes;
+    const uint32_t bytes = machine.seed && machine_random(2) ? most : c->bytes;
+
+    memcpy(c->dst, c->src, bytes);
+    c->dst += bytes;
+    c->src += bytes;
+    c->bytes -= bytes;
+    c->bar->bytes -= bytes;
+    end_phase(c->bar);
+    if (c->bytes)
+        return;
+    c->cta->copies--;
+    machine.bulks[i] = machine.bulks[--machine.n_bulks];
+    machine.n_late--;
+}
+
+/* ---- cp.async (9.7.9.25.3) ------------------------------------------------ */
+
+static void add_lane_copy(struct lane *l, struct lane_copy copy)
+{
+    if (l->n_copies == l->room_copies) {
+        const int room = l->room_copies * 2 + 16;
+        struct lane_copy *more = realloc(l->copies, (size_t) room * sizeof *more);
+        if (!more)
+            misuse("no memory");
+        l->copies = more;
+        l->room_copies = room;
+    }
+    if (!l->busy) {
+        if (machine.n_busy == machine.room_busy) {
+            const int room = machine.room_busy * 2 + 64;
+            struct lane **more = realloc(machine.busy, (size_t) room * sizeof *more);
+            if (!more)
+                misuse("no memory");
+            machine.busy = more;
+            machine.room_busy = room;
+        }
+        machine.busy[machine.n_busy++] = l;
+        l->busy = machine.n_busy;
+    }
+    l->copies[l->n_copies++] = copy;
+    machine.n_late++;
+}
+
+/* Copy I of lane L lands; an arrival only when it is the first. */
+static void land_lane_copy(struct lane *l, int i)
+{
+    const struct lane_copy c = l->copies[i];
+    static const char zeros[16];
+
+    memmove(&l->copies[i], &l->copies[i + 1], (size_t) (--l->n_copies - i) * sizeof c);
+    machine.n_late--;
+    if (!l->n_copies) {
+        struct lane *last = machine.busy[--machine.n_busy];
+        machine.busy[l->busy - 1] = last;
+        last->busy = l->busy;
+        l->busy = 0;
+    }
+    if (c.bar) {
+        arrive(&l->warp->cta->mbarriers[(uint32_t) *c.bar]);
+        return;
+    }
+    memcpy(c.dst, c.src, c.bytes);
+    memcpy(c.dst + c.bytes, zeros, 16 - c.bytes);
+}
+
+void mkhost_copy16(uint32_t dst, const void *src, uint32_t bytes)
+{
+    struct lane *l = ENTER("cp.async", NULL);
+    char *to = l->place.shared + dst;
+
+    progress(l);
+    if (dst % 16 || (uintptr_t) src % 16 || bytes > 16 || dst + 16 > machine.smem)
+        misuse("cp.async of %u bytes from %p to shared %u", bytes, src, dst);
+    if (bytes && __asan_region_is_poisoned && __asan_region_is_poisoned((void *) src, bytes))
+        misuse("cp.async of %u bytes from %p: outside every buffer", bytes, src);
+    if (__tsan_write_range)
+        __tsan_write_range(to, 16);
+    if (bytes && __tsan_read_range)
+        __tsan_read_range((void *) src, bytes);
+    memset(to, 0xff, 16);
+    add_lane_copy(l, (struct lane_copy) {NULL, to, src, bytes, l->group});
+}
+
+void mkhost_copy_commit(void)
+{
+    ENTER("cp.async.commit_group", NULL)->group++;
+}
+
+/* At most GROUPS groups of this thread are on their way then. */
+void mkhost_copy_wait(uint32_t groups)
+{
+    struct lane *l = ENTER("cp.async.wait_group", NULL);
+
+    for (int i = 0; i < l->n_copies;)
+        if (l->copies[i].group + groups < l->group && !l->copies[i].bar)
+            land_lane_copy(l, i);
+        else
+            i++;
+}
+
+/* cp.async.mbarrier.arrive.noinc (9.7.13.15.17). */
+void mkhost_copy_arrive(uint64_t *word)
+{
+    struct lane *l = ENTER("cp.async.mbarrier.arrive", word);
+    struct mbarrier *b = find_mbarrier(l, word);
+
+    release(&b->clock[b->phase & 1]);
+    add_lane_copy(l, (struct lane_copy) {.bar = word, .group = l->group});
+}
+
+/* ---- Chance --------------------------------------------------------------- */
+
+void land_some(void)
+{
+    const int at = (int) machine_random((uint64_t) (machine.n_bulks + machine.n_busy));
+
+    if (at < machine.n_bulks) {
+        land_bulk(at);
+        return;
+    }
+    for (int burst = (int) machine_random(32); burst >= 0 && machine.n_busy; burst--) {
+        struct lane *l = machine.busy[machine_random((uint64_t) machine.n_busy)];
+        const int i = (int) machine_random((uint64_t) l->n_copies);
+        land_lane_copy(l, l->copies[i].bar && i ? 0 : i);
+    }
+}

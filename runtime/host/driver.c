@@ -1,0 +1,467 @@
+/* driver.c - the CUDA driver API over the machine.  A launch only begins; it goes on whenever the
+   caller asks how far it is, and to its end when the caller waits.  Device number I emulates the I-th
+   architecture that the generator knows. */
+#define _GNU_SOURCE
+#include "runtime/host/machine.h"
+
+#include <dlfcn.h>
+#include <elf.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "gen/gpu.h"
+
+enum { /* CUresult */
+    DONE = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    INVALID_IMAGE = 200,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    LAUNCH_FAILED = 719
+};
+enum { SLICE = 1500 }; /* decisions of the scheduler between two looks of the host */
+enum { VERSION = 13000, SMS = 4 };
+static const size_t MEMORY = (size_t) 16 << 30;
+
+typedef uint64_t device_pointer;
+
+struct module {
+    void *library;
+    char path[64];
+};
+
+struct function {
+    void (*entry)(void **);
+    unsigned bytes; /* of its one argument, a struct */
+    char name[64];
+};
+
+struct event {
+    uint64_t after; /* launches that were started before it was recorded */
+    uint64_t steps;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t seed, started, ended;
+static int broken; /* a launch failed: nothing works any more, as on a GPU */
+static void *arguments[1];
+static char argument_bytes[4096];
+static char first_line[512];
+
+/* ---- Launches ------------------------------------------------------------- */
+
+/* Let the launch at work go on for STEPS decisions (0: to its end). */
+static int go_on(int64_t steps)
+{
+    if (!broken && started != ended && machine_run(steps)) {
+        ended = started;
+        broken = machine.failed;
+    }
+    return broken ? LAUNCH_FAILED : started == ended ? DONE : NOT_READY;
+}
+
+static int finish(void)
+{
+    int rc;
+
+    pthread_mutex_lock(&lock);
+    rc = go_on(0);
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+static int launch(struct function *f, unsigned grid, unsigned block, unsigned smem, int resident, void **params)
+{
+    int rc;
+
+    if (!grid || !block || block > 1024)
+        return INVALID_VALUE;
+    rc = finish();
+    if (rc)
+        return rc;
+    pthread_mutex_lock(&lock);
+    memcpy(argument_bytes, params[0], f->bytes);
+    arguments[0] = argument_bytes;
+    machine.seed = seed ? seed + started * 0x9E3779B97F4A7C15ull : 0;
+    if (machine_launch(f->name, f->entry, arguments, grid, block, smem, (unsigned) resident))
+        rc = OUT_OF_MEMORY;
+    else
+        started++;
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+int cuLaunchCooperativeKernel(struct function *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                              unsigned bz, unsigned smem, void *stream, void **params)
+{
+    (void) gy, (void) gz, (void) by, (void) bz, (void) stream;
+    return launch(f, gx, bx, smem, (int) gx, params);
+}
+
+int cuLaunchKernel(struct function *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned smem, void *stream, void **params, void **extra)
+{
+    (void) gy, (void) gz, (void) by, (void) bz, (void) stream, (void) extra;
+    return launch(f, gx, bx, smem, SMS, params);
+}
+
+int cuStreamSynchronize(void *stream)
+{
+    (void) stream;
+    return finish();
+}
+
+/* ---- Events: recorded behind the launches before them ---------------------- */
+
+int cuEventCreate(struct event **e, unsigned flags)
+{
+    (void) flags;
+    *e = calloc(1, sizeof **e);
+    return *e ? DONE : OUT_OF_MEMORY;
+}
+
+int cuEventDestroy_v2(struct event *e)
+{
+    free(e);
+    return DONE;
+}
+
+int cuEventRecord(struct event *e, void *stream)
+{
+    (void) stream;
+    e->after = started;
+    e->steps = machine.clock_ns;
+    return broken ? LAUNCH_FAILED : DONE;
+}
+
+int cuEventQuery(struct event *e)
+{
+    int rc;
+
+    pthread_mutex_lock(&lock);
+    rc = e->after <= ended && !broken ? DONE : go_on(SLICE);
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+int cuEventSynchronize(struct event *e)
+{
+    (void) e;
+    return finish();
+}
+
+/* In the machine's own time. */
+int cuEventElapsedTime(float *ms, struct event *a, struct event *b)
+{
+    *ms = (float) (b->steps - a->steps) * 1e-6f;
+    return DONE;
+}
+
+/* ---- Modules: shared objects ----------------------------------------------- */
+
+static size_t image_bytes(const void *image)
+{
+    const Elf64_Ehdr *h = image;
+
+    return h->e_shoff + (size_t) h->e_shentsize * h->e_shnum;
+}
+
+/* A file of its own while it is loaded: debuggers and addr2line read it. */
+int cuModuleLoadData(struct module **out, const void *image)
+{
+    struct module *m = calloc(1, sizeof *m);
+    size_t left = image_bytes(image);
+    const char *at = image;
+    int fd;
+
+    *out = NULL;
+    if (!m)
+        return OUT_OF_MEMORY;
+    strcpy(m->path, "/tmp/mkhost-XXXXXX");
+    fd = mkostemp(m->path, O_CLOEXEC);
+    while (fd >= 0 && left) {
+        ssize_t n = write(fd, at, left);
+        if (n <= 0)
+            break;
+        at += n;
+        left -= (size_t) n;
+    }
+    if (fd >= 0)
+        close(fd);
+    if (fd >= 0 && !left)
+        m->library = dlopen(m->path, RTLD_NOW | RTLD_LOCAL);
+    if (!m->library) {
+        snprintf(first_line, sizeof first_line, "%s", left ? "cannot write to /tmp" : dlerror());
+        if (fd >= 0)
+            unlink(m->path);
+        free(m);
+        return INVALID_IMAGE;
+    }
+    *out = m;
+    return DONE;
+}
+
+int cuModuleUnload(struct module *m)
+{
+    finish();
+    dlclose(m->library);
+    unlink(m->path);
+    free(m);
+    return DONE;
+}
+
+/* Kept for ever: there are few, and a module has no list of them. */
+int cuModuleGetFunction(struct function **out, struct module *m, const char *name)
+{
+    char symbol[96];
+    struct function *f = calloc(1, sizeof *f);
+    const unsigned *bytes;
+
+    *out = NULL;
+    if (!f)
+        return OUT_OF_MEMORY;
+    snprintf(symbol, sizeof symbol - 8, "mkhost_%s", name);
+    *(void **) &f->entry = dlsym(m->library, symbol);
+    strcat(symbol, "_bytes");
+    bytes = dlsym(m->library, symbol);
+    if (!f->entry || !bytes || *bytes > sizeof argument_bytes) {
+        free(f);
+        return NOT_FOUND;
+    }
+    f->bytes = *bytes;
+    snprintf(f->name, sizeof f->name, "%s", name);
+    *out = f;
+    return DONE;
+}
+
+int cuFuncSetAttribute(struct function *f, int attribute, int value)
+{
+    (void) f, (void) attribute, (void) value;
+    return DONE;
+}
+
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, struct function *f, int block, size_t smem)
+{
+    (void) f, (void) block, (void) smem;
+    *n = 8;
+    return DONE;
+}
+
+/* ---- Memory: the host's; what nobody wrote is NaN in every format ----------- */
+
+int cuMemAlloc_v2(device_pointer *p, size_t bytes)
+{
+    void *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+
+    *p = (device_pointer) (uintptr_t) memory;
+    if (!memory)
+        return OUT_OF_MEMORY;
+    memset(memory, 0xff, bytes);
+    return DONE;
+}
+
+int cuMemFree_v2(device_pointer p)
+{
+    finish();
+    free((void *) (uintptr_t) p);
+    return DONE;
+}
+
+int cuMemHostAlloc(void **p, size_t bytes, unsigned flags)
+{
+    device_pointer d;
+    int rc = cuMemAlloc_v2(&d, bytes);
+
+    (void) flags;
+    *p = (void *) (uintptr_t) d;
+    return rc;
+}
+
+int cuMemHostGetDevicePointer_v2(device_pointer *d, void *p, unsigned flags)
+{
+    (void) flags;
+    *d = (device_pointer) (uintptr_t) p;
+    return DONE;
+}
+
+int cuMemFreeHost(void *p)
+{
+    return cuMemFree_v2((device_pointer) (uintptr_t) p);
+}
+
+int cuMemcpyHtoDAsync_v2(device_pointer dst, const void *src, size_t bytes, void *stream)
+{
+    int rc = finish();
+
+    (void) stream;
+    if (rc == 0)
+        memcpy((void *) (uintptr_t) dst, src, bytes);
+    return rc;
+}
+
+int cuMemcpyDtoHAsync_v2(void *dst, device_pointer src, size_t bytes, void *stream)
+{
+    int rc = finish();
+
+    (void) stream;
+    if (rc == 0)
+        memcpy(dst, (const void *) (uintptr_t) src, bytes);
+    return rc;
+}
+
+int cuMemsetD8Async(device_pointer dst, unsigned char value, size_t bytes, void *stream)
+{
+    int rc = finish();
+
+    (void) stream;
+    if (rc == 0)
+        memset((void *) (uintptr_t) dst, value, bytes);
+    return rc;
+}
+
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes)
+{
+    *free_bytes = *total_bytes = MEMORY;
+    return DONE;
+}
+
+/* ---- Devices ---------------------------------------------------------------- */
+
+int cuInit(unsigned flags)
+{
+    (void) flags;
+    return DONE;
+}
+
+int cuDriverGetVersion(int *version)
+{
+    *version = VERSION;
+    return DONE;
+}
+
+int cuDeviceGetCount(int *n)
+{
+    for (*n = 0; gen_gpu_archs()[*n]; ++*n)
+        ;
+    return DONE;
+}
+
+int cuDeviceGet(int *device, int index)
+{
+    *device = index;
+    return DONE;
+}
+
+int cuDeviceGetName(char *name, int size, int device)
+{
+    snprintf(name, (size_t) size, "host sm_%d", gen_gpu_archs()[device]);
+    return DONE;
+}
+
+int cuDeviceGetPCIBusId(char *id, int size, int device)
+{
+    (void) device;
+    if (size > 0)
+        *id = 0;
+    return DONE;
+}
+
+/* The rest of the facts are the plan's (gen_gpu_host). */
+int cuDeviceGetAttribute(int *value, int attribute, int device)
+{
+    enum { MULTIPROCESSORS = 16, MAJOR = 75, MINOR = 76, COOPERATIVE = 95 };
+    const int arch = gen_gpu_archs()[device];
+
+    *value = attribute == MAJOR ? arch / 10
+           : attribute == MINOR ? arch % 10
+           : attribute == MULTIPROCESSORS ? SMS
+                                          : attribute == COOPERATIVE;
+    return DONE;
+}
+
+int cuDeviceTotalMem_v2(size_t *bytes, int device)
+{
+    (void) device;
+    *bytes = MEMORY;
+    return DONE;
+}
+
+int cuDevicePrimaryCtxRetain(void **context, int device)
+{
+    (void) device;
+    *context = &machine;
+    return DONE;
+}
+
+/* A new context is a whole GPU again. */
+int cuDevicePrimaryCtxRelease_v2(int device)
+{
+    (void) device;
+    finish();
+    broken = 0;
+    ended = started;
+    return DONE;
+}
+
+int cuCtxSetCurrent(void *context)
+{
+    (void) context;
+    return DONE;
+}
+
+int cuStreamCreate(void **stream, unsigned flags)
+{
+    (void) flags;
+    *stream = &machine;
+    return DONE;
+}
+
+int cuStreamDestroy_v2(void *stream)
+{
+    return cuStreamSynchronize(stream) && !broken ? INVALID_VALUE : DONE;
+}
+
+/* ---- Errors and reports ------------------------------------------------------ */
+
+int cuGetErrorName(int result, const char **text)
+{
+    *text = result == LAUNCH_FAILED   ? "CUDA_ERROR_LAUNCH_FAILED"
+          : result == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
+          : result == INVALID_IMAGE ? "CUDA_ERROR_INVALID_IMAGE"
+          : result == NOT_FOUND     ? "CUDA_ERROR_NOT_FOUND"
+          : result == NOT_READY     ? "CUDA_ERROR_NOT_READY"
+          : result == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE"
+                                    : NULL;
+    return *text ? DONE : INVALID_VALUE;
+}
+
+int cuGetErrorString(int result, const char **text)
+{
+    if (result == LAUNCH_FAILED && machine.report)
+        snprintf(first_line, sizeof first_line, "%.*s", (int) strcspn(machine.report, "\n"), machine.report);
+    else if (result != INVALID_IMAGE)
+        snprintf(first_line, sizeof first_line, "the emulated device refuses");
+    *text = first_line;
+    return DONE;
+}
+
+void mkhost_seed(uint64_t value)
+{
+    seed = value;
+    started = ended;
+}
+
+const char *mkhost_report(void)
+{
+    return machine.report ? machine.report : "";
+}
+
+void mkhost_label(uint64_t base, uint64_t bytes, const char *name,
+                  void (*text)(void *, uint64_t, char *, size_t), void *user)
+{
+    report_label(base, bytes, name, text, user);
+}

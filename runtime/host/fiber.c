@@ -1,0 +1,100 @@
+/* fiber.c - stacks and switches, by Boost.Context; sanitizers are told of every one. */
+#include "runtime/host/machine.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+/* Boost.Context's C functions. */
+struct transfer {
+    void *context, *data;
+};
+extern struct transfer jump_fcontext(void *to, void *data);
+extern void *make_fcontext(void *top, size_t size, void (*run)(struct transfer));
+
+enum { STACK = 64 << 10, SANITIZED_STACK = 256 << 10, GUARD = 4096 };
+
+int fiber_make(struct fiber *f)
+{
+    f->stack_bytes = __tsan_create_fiber || __asan_region_is_poisoned ? SANITIZED_STACK : STACK;
+    f->stack = mmap(NULL, f->stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                    -1, 0);
+    if (f->stack == MAP_FAILED) {
+        f->stack = NULL;
+        return -1;
+    }
+    mprotect(f->stack, GUARD, PROT_NONE);
+    f->tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : NULL;
+    f->fake_stack = NULL;
+    return 0;
+}
+
+void fiber_free(struct fiber *f)
+{
+    if (f->stack) {
+        if (f->tsan)
+            __tsan_destroy_fiber(f->tsan);
+        if (__asan_unpoison_memory_region)
+            __asan_unpoison_memory_region(f->stack + GUARD, f->stack_bytes - GUARD);
+        munmap(f->stack, f->stack_bytes);
+    }
+    f->stack = NULL;
+    f->tsan = NULL;
+}
+
+static struct fiber *running; /* the one that came from jump_fcontext last */
+static void (*run_next)(void);
+
+/* Where every switch arrives: the fiber that stopped keeps its place. */
+static void arrived(struct transfer t)
+{
+    const void *bottom;
+    size_t size;
+    struct fiber *before = t.data;
+
+    before->context = t.context;
+    if (__sanitizer_finish_switch_fiber) {
+        __sanitizer_finish_switch_fiber(running->fake_stack, &bottom, &size);
+        if (!before->stack_bytes) { /* the host's own stack: known from here on */
+            before->stack = (char *) bottom;
+            before->stack_bytes = size;
+        }
+    }
+}
+
+static void first_run(struct transfer t)
+{
+    arrived(t);
+    run_next();
+    abort(); /* a lane leaves by switching away */
+}
+
+void fiber_start(struct fiber *f, void (*run)(void))
+{
+    run_next = run;
+    if (__asan_unpoison_memory_region) /* what the last launch left */
+        __asan_unpoison_memory_region(f->stack + GUARD, f->stack_bytes - GUARD);
+    f->fake_stack = NULL;
+    f->context = make_fcontext(f->stack + f->stack_bytes, f->stack_bytes - GUARD, first_run);
+}
+
+static void jump(struct fiber *from, struct fiber *to, void **fake_stack)
+{
+    if (!from->tsan && __tsan_get_current_fiber)
+        from->tsan = __tsan_get_current_fiber();
+    running = to;
+    if (__sanitizer_start_switch_fiber)
+        __sanitizer_start_switch_fiber(fake_stack, to->stack, to->stack_bytes);
+    if (__tsan_switch_to_fiber)
+        __tsan_switch_to_fiber(to->tsan, 1); /* 1: the switch orders nothing */
+    arrived(jump_fcontext(to->context, from));
+}
+
+void fiber_switch(struct fiber *from, struct fiber *to)
+{
+    jump(from, to, &from->fake_stack);
+}
+
+void fiber_leave(struct fiber *from, struct fiber *to)
+{
+    jump(from, to, NULL);
+}

@@ -1,0 +1,483 @@
+/* machine.c - launches, and the scheduler that a seed drives. */
+#include "runtime/host/machine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct machine machine;
+struct mkhost_lane *mkhost_now;
+
+enum {
+    ALLOWED = 20,          /* polls of a wait before its lane is parked: two rounds of the longest */
+    STALL_ALLOWED = 4200,  /* the same when nothing else goes on: the kernel's watchdog looks at every
+                              4096th poll */
+    STALLS = 4,            /* then it is a deadlock */
+    STALL_NS = 1000000000, /* that the clock gains when nothing goes on */
+    STEP_NS = 20
+};
+
+/* ---- Chance --------------------------------------------------------------- */
+
+uint64_t machine_random(uint64_t below)
+{
+    uint64_t z = machine.rng += 0x9E3779B97F4A7C15ull;
+
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+    return (z ^ z >> 31) % below;
+}
+
+/* Seed 0 is calm: turns are long and go round, nothing is late.  Each other seed has a temper. */
+static void draw_temper(void)
+{
+    static const int quanta[] = {1, 4, 16, 64, 256};
+    static const unsigned rates[] = {1024, 512, 128, 24, 4}, redraws[] = {0, 40, 400, 4000};
+
+    machine.rng = machine.seed * 0xD1342543DE82EF95ull + 1;
+    machine.quantum_most = machine.seed ? quanta[machine_random(5)] : 400;
+    machine.late_rate = machine.seed ? rates[machine_random(5)] : 1024;
+    machine.redraw = machine.seed ? redraws[machine_random(4)] : 0;
+}
+
+/* Some warps run often, some seldom, some only when no other can. */
+static void draw_weights(void)
+{
+    static const unsigned weights[] = {0, 1, 1, 4, 4, 16, 64};
+
+    for (int i = 0; i < machine.n_warps; i++)
+        machine.warps[i]->weight = machine.redraw ? weights[machine_random(7)] : 1;
+}
+
+/* ---- CTAs ----------------------------------------------------------------- */
+
+static void run_lane(void);
+
+static void start_lane(struct warp *w, int i)
+{
+    struct lane *l = &w->lanes[i];
+    const unsigned thread = (unsigned) (w->index * LANES + i);
+
+    l->place = (struct mkhost_lane) {.thread = {thread, 0, 0},
+                                     .block = {(unsigned) w->cta->index, 0, 0},
+                                     .threads = {machine.block, 1, 1},
+                                     .blocks = {machine.grid, 1, 1},
+                                     .shared = w->cta->shared};
+    l->warp = w;
+    l->state = READY;
+    l->doing = "not started";
+    l->frame = l->about = NULL;
+    l->watched = 0;
+    l->polls = 0;
+    l->allowed = ALLOWED;
+    l->n_seen = l->fenced = 0;
+    l->n_copies = l->busy = 0;
+    l->group = 0;
+    fiber_start(&l->fiber, run_lane);
+}
+
+/* Shared memory holds what nobody wrote: NaN in every format. */
+static int start_cta(struct cta *c)
+{
+    c->index = (int) machine.next++;
+    free(c->shared);
+    c->shared = aligned_alloc(1024, (machine.smem + 2047) / 1024 * 1024);
+    if (!c->shared)
+        return -1;
+    memset(c->shared, 0xff, (machine.smem + 2047) / 1024 * 1024);
+    memset(c->barriers, 0, sizeof c->barriers);
+    c->generation = 0;
+    c->live = (int) machine.block;
+    for (int i = 0; i < c->n_warps; i++) {
+        struct warp *w = &c->warps[i];
+        w->live = w->ready = w->n_lanes;
+        w->met = 0;
+        w->step = 1;
+        w->watched = w->syncs = w->generation = 0;
+        for (int lane = 0; lane < w->n_lanes; lane++)
+            start_lane(w, lane);
+    }
+    return 0;
+}
+
+static void free_cta(struct cta *c)
+{
+    for (int i = 0; c && i < c->n_warps; i++)
+        for (int lane = 0; lane < c->warps[i].n_lanes; lane++) {
+            struct lane *l = &c->warps[i].lanes[lane];
+            fiber_free(&l->fiber);
+            free(l->copies);
+            if (l->courier)
+                __tsan_destroy_fiber(l->courier);
+        }
+    if (c) {
+        mbarrier_free(c);
+        free(c->shared);
+        free(c->pending);
+        free(c->warps);
+    }
+    free(c);
+}
+
+static struct cta *make_cta(void)
+{
+    struct cta *c = calloc(1, sizeof *c);
+
+    if (!c)
+        return NULL;
+    c->n_warps = (int) (machine.block + LANES - 1) / LANES;
+    c->warps = calloc((size_t) c->n_warps, sizeof *c->warps);
+    for (int i = 0; c->warps && i < c->n_warps; i++) {
+        struct warp *w = &c->warps[i];
+        w->cta = c;
+        w->index = i;
+        w->n_lanes = machine.block - (unsigned) i * LANES < LANES ? (int) machine.block - i * LANES : LANES;
+        for (int lane = 0; lane < w->n_lanes; lane++)
+            if (fiber_make(&w->lanes[lane].fiber))
+                goto failed;
+    }
+    if (c->warps)
+        return c;
+failed:
+    free_cta(c);
+    return NULL;
+}
+
+/* ---- A launch ------------------------------------------------------------- */
+
+/* Stacks are kept from launch to launch of the same shape. */
+static void free_ctas(void)
+{
+    for (unsigned i = 0; machine.ctas && i < machine.resident; i++)
+        free_cta(machine.ctas[i]);
+    free(machine.ctas);
+    free(machine.warps);
+    machine.ctas = NULL;
+    machine.warps = NULL;
+}
+
+static int make_ctas(unsigned block, unsigned resident)
+{
+    if (machine.ctas && machine.block == block && machine.resident == resident)
+        return 0;
+    free_ctas();
+    machine.block = block;
+    machine.resident = resident;
+    machine.ctas = calloc(resident, sizeof *machine.ctas);
+    for (unsigned i = 0; machine.ctas && i < resident; i++)
+        if (!(machine.ctas[i] = make_cta()))
+            return -1;
+    machine.n_warps = machine.ctas ? (int) resident * machine.ctas[0]->n_warps : 0;
+    machine.warps = calloc((size_t) machine.n_warps + 1, sizeof *machine.warps);
+    if (!machine.ctas || !machine.warps)
+        return -1;
+    for (int i = 0; i < machine.n_warps; i++)
+        machine.warps[i] = &machine.ctas[i / machine.ctas[0]->n_warps]->warps[i % machine.ctas[0]->n_warps];
+    return 0;
+}
+
+int machine_launch(const char *name, void (*entry)(void **), void **args, unsigned grid, unsigned block,
+                   unsigned smem, unsigned resident)
+{
+    if (resident > grid)
+        resident = grid;
+    machine.grid = grid;
+    machine.smem = smem;
+    machine.next = machine.gone = 0;
+    if (make_ctas(block, resident)) {
+        free_ctas();
+        return -1;
+    }
+    for (unsigned i = 0; i < resident; i++)
+        if (start_cta(machine.ctas[i]))
+            return -1;
+    machine.name = name;
+    machine.entry = entry;
+    machine.args = args;
+    machine.n_late = machine.n_bulks = machine.n_busy = 0;
+    machine.stalls = machine.failed = 0;
+    machine.ended = NULL;
+    machine.quantum = 1;
+    free(machine.report);
+    free(machine.stuck);
+    machine.report = machine.stuck = NULL;
+    draw_temper();
+    draw_weights();
+    machine.running = 1;
+    release(&machine.running); /* what came before the launch is before every lane */
+    return 0;
+}
+
+/* Other lanes of a launch that failed are left where they are. */
+static void clean_up(void)
+{
+    for (unsigned i = 0; i < machine.resident; i++) {
+        machine.ctas[i]->n_pending = 0;
+        mbarrier_free(machine.ctas[i]);
+    }
+    machine.running = 0;
+    acquire(&machine.gone);
+}
+
+int machine_run(int64_t steps)
+{
+    if (!machine.running)
+        return 1;
+    machine.slice = steps ? steps : INT64_MAX;
+    machine.now = &machine.host;
+    machine.host.fiber = (struct fiber) {0}; /* it may be another thread's */
+    do {
+        if (machine.ended && start_cta(machine.ended))
+            fail_launch("no memory for a CTA");
+        machine.ended = NULL;
+        reschedule();
+    } while (machine.ended);
+    show_view(NULL);
+    mkhost_now = NULL;
+    if (!machine.failed && machine.gone < machine.grid)
+        return 0;
+    clean_up();
+    return 1;
+}
+
+/* The life of a lane. */
+static void run_lane(void)
+{
+    struct lane *l = machine.now;
+    struct cta *c = l->warp->cta;
+
+    acquire(&machine.running);
+    machine.entry(machine.args);
+    release(&machine.gone);
+    l->doing = "gone";
+    l->about = NULL;
+    if (l->warp->met)
+        misuse("a lane ends while others of its warp wait for it at %s", l->warp->meeting);
+    if (l->n_copies)
+        misuse("a thread ends with cp.asyncs on their way");
+    set_state(l, GONE);
+    l->warp->live--;
+    if (--c->live == 0) {
+        if (c->copies)
+            misuse("a CTA ends with %d copies on their way into its shared memory", c->copies);
+        commit_all(c);
+        mbarrier_free(c);
+        machine.gone++;
+        if (machine.next < machine.grid)
+            machine.ended = c; /* the host starts the next on its stacks, one of which is this */
+    }
+    reschedule();
+}
+
+/* ---- The scheduler -------------------------------------------------------- */
+
+void set_state(struct lane *l, enum lane_state state)
+{
+    l->warp->ready += (state == READY) - (l->state == READY);
+    l->state = state;
+}
+
+void switch_to(struct lane *to)
+{
+    struct lane *from = machine.now;
+
+    machine.now = to;
+    if (to->warp) {
+        mkhost_now = &to->place;
+        if (machine.view != to->warp->cta)
+            show_view(to->warp->cta);
+    }
+    if (from->state == GONE && from->warp)
+        fiber_leave(&from->fiber, &to->fiber);
+    else
+        fiber_switch(&from->fiber, &to->fiber);
+}
+
+/* A ready lane of W: the next in the warp's order. */
+static struct lane *lane_of(struct warp *w)
+{
+    const int from = machine.now->warp == w ? (int) (machine.now - w->lanes) : (int) machine_random((uint64_t) w->n_lanes);
+
+    for (int i = 1; i <= w->n_lanes; i++) {
+        struct lane *l = &w->lanes[(from + i * w->step + i * (w->step < 0) * w->n_lanes) % w->n_lanes];
+        if (l->state == READY)
+            return l;
+    }
+    return NULL;
+}
+
+/* A warp that can go on, by weight; NULL: there is none. */
+static struct warp *choose_warp(void)
+{
+    unsigned long total = 0, at;
+    struct warp *any = NULL;
+    int able = 0;
+
+    for (int i = 0; i < machine.n_warps; i++)
+        if (machine.warps[i]->ready) {
+            total += machine.warps[i]->weight;
+            if (machine_random((uint64_t) ++able) == 0)
+                any = machine.warps[i];
+        }
+    if (!total)
+        return any;
+    at = machine_random(total);
+    for (int i = 0;; i++)
+        if (machine.warps[i]->ready) {
+            if (at < machine.warps[i]->weight)
+                return machine.warps[i];
+            at -= machine.warps[i]->weight;
+        }
+}
+
+/* The same without chance: round and round. */
+static struct warp *next_warp(void)
+{
+    static int at;
+
+    for (int i = 0; i < machine.n_warps; i++) {
+        at = (at + 1) % machine.n_warps;
+        if (machine.warps[at]->ready)
+            return machine.warps[at];
+    }
+    return NULL;
+}
+
+static void wake(struct lane *l, int allowed)
+{
+    set_state(l, READY);
+    l->polls = 0;
+    l->allowed = allowed;
+}
+
+/* Nothing is ready and nothing is late.  The clock goes on and everybody polls once more, long enough
+   for the kernel's own watchdog; then it is a deadlock. */
+static void stalled(void)
+{
+    if (machine.stalls && machine.changes != machine.stalled_at) {
+        machine.stalls = 0; /* it was only slow */
+        free(machine.stuck);
+        machine.stuck = NULL;
+    }
+    machine.stalled_at = machine.changes;
+    if (!machine.stuck)
+        machine.stuck = report_waiting();
+    if (++machine.stalls > STALLS) {
+        fail_launch("deadlock");
+        return;
+    }
+    machine.clock_ns += STALL_NS;
+    for (int i = 0; i < machine.n_warps; i++)
+        for (int lane = 0; lane < machine.warps[i]->n_lanes; lane++)
+            if (machine.warps[i]->lanes[lane].state == PARKED)
+                wake(&machine.warps[i]->lanes[lane], STALL_ALLOWED);
+}
+
+/* One thing that is late happens: a store is seen, a copy lands. */
+static void happen(void)
+{
+    unsigned stores = 0;
+
+    for (unsigned i = 0; i < machine.resident; i++)
+        stores += (unsigned) machine.ctas[i]->n_pending;
+    if (stores && machine_random((uint64_t) machine.n_late) < stores) {
+        unsigned at = (unsigned) machine_random(machine.resident);
+        while (!machine.ctas[at]->n_pending)
+            at = (at + 1) % machine.resident;
+        commit_some(machine.ctas[at]);
+    } else {
+        land_some();
+    }
+}
+
+void reschedule(void)
+{
+    struct lane *self = machine.now;
+    struct warp *w;
+
+    for (;;) {
+        struct lane *next;
+        machine.steps++;
+        machine.clock_ns += STEP_NS;
+        if (machine.failed || machine.gone == machine.grid || machine.ended || machine.slice-- <= 0) {
+            if (self == &machine.host)
+                return;
+            switch_to(&machine.host);
+            return;
+        }
+        if (machine.redraw && machine.steps % machine.redraw == 0)
+            draw_weights();
+        if (!machine.seed)
+            while (machine.n_late)
+                happen();
+        else if (machine.n_late && machine_random(1024) < machine.late_rate)
+            happen();
+        machine.quantum = machine.seed ? 1 + (int) machine_random((uint64_t) machine.quantum_most)
+                                       : machine.quantum_most;
+        w = machine.seed ? choose_warp() : next_warp();
+        if (!w && machine.n_late) {
+            happen();
+            continue;
+        }
+        if (!w) {
+            stalled();
+            continue;
+        }
+        if (machine.seed && machine_random(8) == 0)
+            w->step = -w->step;
+        next = lane_of(w);
+        if (next != self)
+            switch_to(next);
+        return;
+    }
+}
+
+struct lane *enter(const char *name, const void *frame, const void *about)
+{
+    struct lane *l = machine.now;
+
+    l->doing = name;
+    l->frame = frame;
+    l->about = about;
+    if (--machine.quantum <= 0)
+        reschedule();
+    return l;
+}
+
+/* ---- Polling -------------------------------------------------------------- */
+
+static uint64_t hash_bit(const void *p)
+{
+    return 1ull << ((uintptr_t) p / 16 * 0x9E3779B97F4A7C15ull >> 58);
+}
+
+void polled(struct lane *l, const void *p)
+{
+    l->watched |= hash_bit(p);
+    if (++l->polls < l->allowed)
+        return;
+    l->warp->watched |= l->watched;
+    set_state(l, PARKED);
+    reschedule();
+}
+
+void changed(const void *p)
+{
+    const uint64_t bit = hash_bit(p);
+
+    machine.changes++;
+    for (int i = 0; i < machine.n_warps; i++) {
+        struct warp *w = machine.warps[i];
+        if (!(w->watched & bit))
+            continue;
+        w->watched = 0;
+        for (int lane = 0; lane < w->n_lanes; lane++) {
+            struct lane *l = &w->lanes[lane];
+            if (l->state != PARKED)
+                continue;
+            if (l->watched & bit)
+                wake(l, ALLOWED);
+            else
+                w->watched |= l->watched;
+        }
+    }
+}

@@ -1,0 +1,242 @@
+/* machine.h - a GPU made of fibers.  Every CUDA thread is a lane with a stack of its own; one OS
+   thread runs them all, and a seed decides who goes on whenever a lane calls a primitive.  What
+   the memory model lets happen late happens late: copies, and stores that nothing ordered.
+     machine.c  launch, scheduler          memory.c  stores, loads, fences, each CTA's view
+     warp.c     collectives, barriers      copy.c    mbarriers, copy engine, cp.async
+     report.c   what a stuck or misused machine says
+     fiber.c    stacks and switches        driver.c  the CUDA driver API on top
+   Numbers like 9.7.13.15 are sections of the PTX ISA manual, version 9.2. */
+#ifndef HOST_MACHINE_H
+#define HOST_MACHINE_H
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+enum { LANES = 32, BARRIERS = 16, MOST_SEEN = 16 };
+
+/* What a host kernel knows of the lane at work (templates/host/language.cu.m4). */
+struct mkhost_place {
+    unsigned x, y, z;
+};
+struct mkhost_lane {
+    struct mkhost_place thread, block, threads, blocks;
+    char *shared;
+};
+extern struct mkhost_lane *mkhost_now;
+
+enum lane_state {
+    READY,
+    MEETING, /* waits for the other lanes of its warp */
+    WAITING, /* at a barrier, or for copies */
+    PARKED,  /* reads the same words again and again: goes on when one of them changes */
+    GONE
+};
+
+struct fiber {
+    void *context; /* Boost's fcontext_t, while it does not run */
+    char *stack;
+    size_t stack_bytes;
+    void *fake_stack, *tsan; /* of the sanitizers */
+};
+
+struct lane_copy { /* one cp.async, or the arrival of those before it */
+    uint64_t *bar; /* NULL: a copy */
+    char *dst;
+    const void *src;
+    uint32_t bytes, group;
+};
+
+struct lane {
+    struct mkhost_lane place; /* first: mkhost_now points here */
+    struct fiber fiber;
+    struct warp *warp;
+    enum lane_state state;
+    const char *doing;  /* the primitive it is in */
+    const void *frame;  /* of that call: where reports begin */
+    const void *about;  /* the address it asks for, or NULL */
+    void *meeting;      /* its arguments of a collective */
+    uint64_t watched;   /* hashes of the addresses polled since it last got on */
+    int polls, allowed; /* polls since, and how many before it is parked */
+    /* fences, for ThreadSanitizer: what was read before one, what was written before one */
+    const void *seen[MOST_SEEN];
+    int n_seen, fenced;
+    void *courier;
+    /* cp.async */
+    struct lane_copy *copies;
+    int n_copies, room_copies, busy; /* busy: place in machine.busy + 1 */
+    uint32_t group;
+};
+
+struct warp {
+    struct cta *cta;
+    struct lane lanes[LANES];
+    int index, n_lanes;
+    int live, ready;            /* lanes that have not gone; that can go on */
+    int met, step;              /* at the collective; +1 or -1: who goes next */
+    const char *meeting;        /* its name */
+    uint64_t watched;           /* of its parked lanes */
+    unsigned weight;            /* of the scheduler's choice */
+    uint64_t syncs, generation; /* __syncwarps passed; cta->generation at its last barrier */
+    char sync_clock[2];         /* what ThreadSanitizer is told */
+};
+
+struct barrier {
+    unsigned threads, arrived;
+    uint64_t phase;
+    char clock[2];
+};
+
+struct pending { /* a store that other CTAs do not see yet */
+    char *address;
+    uint32_t bytes;
+    const struct lane *lane;
+    uint64_t syncs, generation;
+    char other[16]; /* what they see; while another CTA's view is on: what this one sees */
+};
+
+struct mbarrier {
+    uint64_t *word; /* where it lies in shared memory */
+    uint32_t expected, pending, phase;
+    int64_t bytes;
+    const struct lane *maker;
+    int fenced; /* the copy engine may come to it */
+    char clock[2];
+};
+
+struct cta {
+    int index, live; /* live: lanes */
+    char *shared;
+    int n_warps;
+    struct warp *warps;
+    struct barrier barriers[BARRIERS];
+    uint64_t generation; /* barriers passed, of all ids */
+    struct pending *pending;
+    int n_pending;
+    struct mbarrier *mbarriers;
+    int n_mbarriers;
+    int copies; /* of the engine, on their way into its shared memory */
+};
+
+struct bulk { /* a copy of the engine */
+    struct cta *cta;
+    char *dst;
+    const char *src;
+    uint32_t bytes;
+    struct mbarrier *bar;
+};
+
+struct machine {
+    struct lane host; /* who launched */
+    struct lane *now;
+    struct cta *view; /* whose pending stores are in memory */
+    /* the launch at work */
+    void (*entry)(void **args);
+    void **args;
+    const char *name;
+    unsigned grid, block, smem;
+    unsigned resident; /* CTAs at once */
+    unsigned next, gone; /* CTAs started; ended */
+    struct cta **ctas, *ended; /* ended: to be started again */
+    struct warp **warps;
+    int n_warps, running;
+    /* the schedule */
+    uint64_t seed, rng;
+    int quantum, quantum_most;
+    unsigned late_rate; /* of 1024: how often what is late happens */
+    unsigned redraw;    /* steps between new weights; 0: all the same */
+    int64_t slice;
+    uint64_t steps, changes, clock_ns;
+    int n_late; /* pending stores and copies */
+    struct bulk *bulks;
+    int n_bulks, room_bulks;
+    struct lane **busy; /* lanes with cp.asyncs on their way */
+    int n_busy, room_busy;
+    /* the end of it */
+    int stalls;
+    uint64_t stalled_at; /* changes then */
+    int failed;
+    char *stuck, *report;
+};
+extern struct machine machine;
+
+/* ---- machine.c ---- */
+
+/* Start ENTRY in GRID blocks of BLOCK threads, RESIDENT of them at once; ARGS must live until it ends.
+   Returns 0, or -1 without memory.  Nothing runs before machine_run. */
+int machine_launch(const char *name, void (*entry)(void **), void **args, unsigned grid, unsigned block,
+                   unsigned smem, unsigned resident);
+/* Run for about STEPS decisions of the scheduler (0: to the end).  Returns 1 when the launch has ended
+   (machine.failed tells how), 0 when there is more. */
+int machine_run(int64_t steps);
+uint64_t machine_random(uint64_t below);
+/* Every primitive begins with this: the lane at work, which may lose its turn here. */
+struct lane *enter(const char *name, const void *frame, const void *about);
+#define ENTER(name, about) enter(name, __builtin_frame_address(0), about)
+/* Let another lane go on, or this one if it can. */
+void reschedule(void);
+void switch_to(struct lane *to);
+void set_state(struct lane *l, enum lane_state state);
+/* The word at P is not what it was: those who poll it go on. */
+void changed(const void *p);
+/* The lane at work asks again and again for P. */
+void polled(struct lane *l, const void *p);
+
+/* The lane at work got on: what it asked for until now does not matter any more. */
+static inline void progress(struct lane *l)
+{
+    l->polls = 0;
+    l->watched = 0;
+}
+
+/* ---- memory.c ---- */
+void show_view(struct cta *cta);
+void commit_some(struct cta *cta);
+void commit_all(struct cta *cta);
+
+/* ---- copy.c ---- */
+void land_some(void);
+void mbarrier_free(struct cta *cta);
+
+/* ---- report.c ---- */
+/* End the launch with this text.  Does not return into a lane. */
+void misuse(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
+void fail_launch(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* All lanes that wait, for what and where; malloc'd. */
+char *report_waiting(void);
+void report_label(uint64_t base, uint64_t bytes, const char *name,
+                  void (*text)(void *, uint64_t, char *, size_t), void *user);
+
+/* ---- fiber.c ---- */
+int fiber_make(struct fiber *f);
+void fiber_free(struct fiber *f);
+void fiber_start(struct fiber *f, void (*run)(void));
+void fiber_switch(struct fiber *from, struct fiber *to);
+/* Inside a fiber whose run is over: the last switch away. */
+void fiber_leave(struct fiber *from, struct fiber *to);
+
+/* What the sanitizers of this process are told, if there are any. */
+extern void __tsan_acquire(void *) __attribute__((weak));
+extern void __tsan_release(void *) __attribute__((weak));
+extern void *__tsan_create_fiber(unsigned) __attribute__((weak));
+extern void *__tsan_get_current_fiber(void) __attribute__((weak));
+extern void __tsan_switch_to_fiber(void *, unsigned) __attribute__((weak));
+extern void __tsan_destroy_fiber(void *) __attribute__((weak));
+extern void __tsan_read_range(void *, size_t) __attribute__((weak));
+extern void __tsan_write_range(void *, size_t) __attribute__((weak));
+extern void *__asan_region_is_poisoned(void *, size_t) __attribute__((weak));
+extern void __sanitizer_start_switch_fiber(void **, const void *, size_t) __attribute__((weak));
+extern void __sanitizer_finish_switch_fiber(void *, const void **, size_t *) __attribute__((weak));
+extern void __asan_unpoison_memory_region(void const volatile *, size_t) __attribute__((weak));
+
+static inline void acquire(void *clock)
+{
+    if (__tsan_acquire)
+        __tsan_acquire(clock);
+}
+static inline void release(void *clock)
+{
+    if (__tsan_release)
+        __tsan_release(clock);
+}
+#endif

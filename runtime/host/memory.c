@@ -1,0 +1,274 @@
+/* memory.c - global memory as the memory model allows it to be seen (section 8): a store is in its
+   CTA's view at once, and in all others' when it is committed - whenever the schedule likes, and in any
+   order, unless a fence came between.  Pending stores are in memory only while a lane of their CTA
+   runs. */
+#include "runtime/host/machine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST_PENDING = 192, CLOCKS = 1 << 15 };
+
+/* ---- Views ---------------------------------------------------------------- */
+
+static void swap(struct pending *s)
+{
+    char mine[sizeof s->other];
+
+    memcpy(mine, s->address, s->bytes);
+    memcpy(s->address, s->other, s->bytes);
+    memcpy(s->other, mine, s->bytes);
+}
+
+void show_view(struct cta *cta)
+{
+    if (machine.view)
+        for (int i = machine.view->n_pending - 1; i >= 0; i--)
+            swap(&machine.view->pending[i]);
+    machine.view = cta;
+    for (int i = 0; cta && i < cta->n_pending; i++)
+        swap(&cta->pending[i]);
+}
+
+static int overlap(const struct pending *a, const struct pending *b)
+{
+    return a->address < b->address + b->bytes && b->address < a->address + a->bytes;
+}
+
+/* Store I of CTA, or an earlier one to the same place, is seen by all. */
+static void commit(struct cta *cta, int i)
+{
+    struct pending *list = cta->pending;
+    const char *address;
+
+    for (int j = 0; j < i; j++)
+        if (overlap(&list[j], &list[i]))
+            i = j;
+    address = list[i].address;
+    if (cta != machine.view)
+        memcpy(list[i].address, list[i].other, list[i].bytes);
+    memmove(&list[i], &list[i + 1], (size_t) (--cta->n_pending - i) * sizeof *list);
+    machine.n_late--;
+    changed(address);
+}
+
+void commit_some(struct cta *cta)
+{
+    commit(cta, (int) machine_random((uint64_t) cta->n_pending));
+}
+
+void commit_all(struct cta *cta)
+{
+    while (cta->n_pending)
+        commit(cta, 0);
+}
+
+/* Stores that lane L's fence orders: its own, and those that a barrier put before it. */
+static void commit_before(struct lane *l)
+{
+    struct cta *cta = l->warp->cta;
+
+    for (int i = 0; i < cta->n_pending;) {
+        const struct pending *s = &cta->pending[i];
+        if (s->lane == l || s->generation < l->warp->generation ||
+            (s->lane->warp == l->warp && s->syncs < l->warp->syncs)) {
+            commit(cta, i);
+            i = 0;
+        } else {
+            i++;
+        }
+    }
+}
+
+/* The BYTES at P are about to be written by L; others keep seeing what is there. */
+static void hold_back(struct lane *l, void *p, uint32_t bytes)
+{
+    struct cta *cta = l->warp->cta;
+    struct pending *s;
+
+    if (!cta->pending && !(cta->pending = calloc(MOST_PENDING, sizeof *cta->pending)))
+        misuse("no memory");
+    if (cta->n_pending == MOST_PENDING)
+        commit(cta, 0);
+    s = &cta->pending[cta->n_pending++];
+    *s = (struct pending) {.address = p, .bytes = bytes, .lane = l, .syncs = l->warp->syncs,
+                           .generation = l->warp->cta->generation};
+    memcpy(s->other, p, bytes);
+    machine.n_late++;
+}
+
+/* ---- What ThreadSanitizer is told ----------------------------------------- */
+
+/* The clock that stands for the word at P. */
+static void *clock_of(const void *p)
+{
+    static uint64_t clocks[CLOCKS];
+
+    return &clocks[((uintptr_t) p / 4 * 0x9E3779B97F4A7C15ull >> 40) % CLOCKS];
+}
+
+/* A relaxed load acquires when a fence follows (8.9.4). */
+static void remember_seen(struct lane *l, const void *p)
+{
+    if (!__tsan_acquire)
+        return;
+    for (int i = 0; i < l->n_seen; i++)
+        if (l->seen[i] == p)
+            return;
+    if (l->n_seen == MOST_SEEN) {
+        memmove(l->seen, l->seen + 1, (MOST_SEEN - 1) * sizeof *l->seen);
+        l->n_seen--;
+    }
+    l->seen[l->n_seen++] = p;
+}
+
+/* A relaxed store releases what came before the last fence, and no more: a fiber of its own, the courier,
+   carries the clock of that moment. */
+static void release_fenced(struct lane *l, void *p)
+{
+    if (!__tsan_release || !l->fenced)
+        return;
+    if (!l->courier)
+        l->courier = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(l->courier, 1);
+    __tsan_acquire(&l->fenced);
+    __tsan_release(clock_of(p));
+    __tsan_switch_to_fiber(l->fiber.tsan, 1);
+}
+
+static void check_address(const void *p, uint32_t bytes)
+{
+    if ((uintptr_t) p % bytes)
+        misuse("an access of %u bytes to %p, which is no multiple of that", bytes, p);
+    if (__asan_region_is_poisoned && __asan_region_is_poisoned((void *) p, bytes))
+        misuse("an access of %u bytes to %p, which is outside every buffer", bytes, p);
+}
+
+/* ---- The primitives ------------------------------------------------------- */
+
+/* A weak store follows (8.2.1: a vector is that many scalars, in no order). */
+void mkhost_delay(void *p, uint32_t bytes)
+{
+    struct lane *l = ENTER("a store", p);
+    const uint32_t scalar = bytes < 4 ? bytes : 4;
+
+    progress(l);
+    if (machine.seed)
+        for (uint32_t at = 0; at < bytes; at += scalar)
+            hold_back(l, (char *) p + at, scalar);
+}
+
+/* st.relaxed or st.release (9.7.9.12); ATOM bytes at a time are seen at once (8.2.2: .b128 is one). */
+void mkhost_store(void *p, const void *v, uint32_t bytes, uint32_t atom, int is_release)
+{
+    struct lane *l = ENTER("a strong store", p);
+
+    check_address(p, bytes);
+    progress(l);
+    if (is_release) {
+        commit_before(l);
+        release(clock_of(p));
+    } else {
+        release_fenced(l, p);
+    }
+    for (uint32_t at = 0; machine.seed && at < bytes; at += atom)
+        hold_back(l, (char *) p + at, atom);
+    memcpy(p, v, bytes);
+    changed(p);
+}
+
+/* ld.relaxed or ld.acquire (9.7.9.8). */
+void mkhost_load(const void *p, void *v, uint32_t bytes, int is_acquire)
+{
+    struct lane *l = ENTER("a strong load", p);
+
+    check_address(p, bytes);
+    polled(l, p);
+    memcpy(v, p, bytes);
+    if (is_acquire)
+        acquire(clock_of(p));
+    else
+        remember_seen(l, p);
+}
+
+/* red.release.add (9.7.13.8): atomics are performed at once, where all CTAs meet. */
+uint32_t mkhost_add_release(uint32_t *p, uint32_t v)
+{
+    struct lane *l = ENTER("red.release.add", p);
+    const uint32_t before = *p;
+
+    check_address(p, sizeof *p);
+    progress(l);
+    commit_before(l);
+    release(clock_of(p));
+    *p = before + v;
+    changed(p);
+    return before;
+}
+
+/* atom.cas of 0 and 1 (9.7.13.7). */
+_Bool mkhost_claim(uint32_t *p)
+{
+    struct lane *l = ENTER("atom.cas", p);
+    const uint32_t before = *p;
+
+    check_address(p, sizeof *p);
+    polled(l, p);
+    if (!before) {
+        *p = 1;
+        changed(p);
+    }
+    return !before;
+}
+
+/* fence.acq_rel (9.7.13.5). */
+void mkhost_fence(int scope)
+{
+    struct lane *l = ENTER("a fence", NULL);
+
+    for (int i = 0; i < l->n_seen; i++)
+        acquire(clock_of(l->seen[i]));
+    l->n_seen = 0;
+    l->fenced = 1;
+    release(&l->fenced);
+    if (scope)
+        commit_before(l);
+}
+
+/* Flags and counts in shared memory: the kernel reads and writes them itself, for the sanitizers. */
+void mkhost_poll(const void *p)
+{
+    struct lane *l = ENTER("a flag", p);
+
+    polled(l, p);
+    remember_seen(l, p);
+}
+
+void mkhost_publish(void *p)
+{
+    struct lane *l = ENTER("a flag", p);
+
+    progress(l);
+    release_fenced(l, p);
+}
+
+void mkhost_changed(void *p)
+{
+    changed(p);
+}
+
+/* %globaltimer (10.27): it moves, by no fixed step. */
+uint64_t mkhost_timer(void)
+{
+    struct lane *l = ENTER("the clock", &machine.clock_ns);
+
+    polled(l, &machine.clock_ns);
+    return machine.clock_ns;
+}
+
+/* trap (9.7.19.5). */
+void mkhost_trap(void)
+{
+    ENTER("trap", NULL);
+    misuse("trap");
+}
