@@ -65,7 +65,7 @@ static const struct key keys[] = {
      "layers as a list of calls, or as a loop"},
     {"dtype", AT(dtype), 0, 1, "bf16|fp16", "resident type of weights and KV cache"},
     {"fault", AT(fault), 0, 1, "none|hang", "for tests: a CTA that never answers"},
-    {"epoch0", AT(epoch0), 1, 2147000000, NULL, "for tests: first tag of the exchange"},
+    {"epoch0", AT(epoch0), 1, INT_MAX, NULL, "for tests: first tag of the exchange"},
     {NULL, 0, 0, 0, NULL, NULL}};
 
 const char *gen_plan_key(int i)

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "runtime/engine.h"
@@ -373,6 +374,58 @@ static void test_host_module(void)
     rt_device_close(d);
 }
 
+/* A compiler that takes the fake driver for every kernel: an ELF file is all that is looked at. */
+static void use_fake_compiler(const char *dir, const char *fake)
+{
+    char path[256];
+    FILE *f;
+
+    snprintf(path, sizeof path, "%s/cxx", dir);
+    f = fopen(path, "w");
+    CHECK(f && fprintf(f, "#!/bin/sh\ncase $* in *--version) echo fake;; *) cp '%s' kernel.so;; "
+                       "esac\n", fake) > 0 && fclose(f) == 0 && chmod(path, 0700) == 0);
+    setenv("MK_HOST_CXX", path, 1);
+    setenv("MK_CACHE_DIR", dir, 1);
+}
+
+/* A session names its buffers, and a failure carries the machine's report. */
+static void test_host_session(const char *fake, const char *told)
+{
+    const struct rt_engine_options options = {.device = "host"};
+    const char *srcdir = getenv("srcdir");
+    char path[4096], dir[] = "/tmp/t-device-XXXXXX";
+    struct rt_weights *w = NULL;
+    struct rt_engine *e = NULL;
+    struct rt_session *s = NULL;
+    struct gen_model m;
+    int done, rc;
+
+    CHECK(mkdtemp(dir) != NULL);
+    use_fake_compiler(dir, fake);
+    pretend("arch=90");
+    snprintf(path, sizeof path, "%s/toy/toy-qwen3", srcdir ? srcdir : ".");
+    CHECK(gen_model_read(path, &m, &err) == 0 && rt_weights_random(&m, 1, &w, &err) == 0 &&
+          rt_engine_open(&m, w, &options, &e, &err) == 0);
+    rc = rt_session_make(e, 512, &s, &err);
+    CHECKF(rc == 0 || rc == MK_ETOOL, "%s", err.text);
+    if (rc == 0) {
+        CHECK(rt_session_plan(s)->gpu.host && rt_session_plan(s)->ctas == 4);
+        CHECKF(strstr(told, " 64 cancel word: "), "%s", told);
+        pretend("cuStreamSynchronize=719,report=1");
+        CHECK(rt_session_prefill(s, (int32_t[]){1, 2, 3}, 3, 0, &done, &err) == MK_EDEVICE);
+        CHECK_STR(err.text, "cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED (said the fake)\n"
+                  "two\nlines");
+        CHECK(rt_session_prefill(s, (int32_t[]){1, 2, 3}, 3, 0, &done, NULL) == MK_EDEVICE);
+        pretend("");
+        rt_session_free(s);
+        CHECKF(strstr(told, " 0 cancel word: "), "%s", told);
+    }
+    rt_engine_close(e);
+    rt_weights_close(w);
+    snprintf(path, sizeof path, "rm -r %s", dir);
+    CHECK(system(path) == 0);
+}
+
 static void *use_device(void *arg)
 {
     rt_ptr p;
@@ -452,6 +505,7 @@ int main(void)
     test_host_errors(path);
     test_host(lib ? dlsym(lib, "fake_host") : NULL);
     test_host_module();
+    test_host_session(path, lib ? dlsym(lib, "fake_host") : NULL);
     CHECKF(live && *live == 0, "%d driver objects were not freed", live ? *live : -1);
     return check_done();
 }

@@ -89,10 +89,10 @@ _Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
     }
     if ((b->phase & 1) == (parity & 1))
         return 0;
+    progress(l);
     if (machine.seed && machine_random(16) == 0)
         return 0;
     acquire(&b->clock[(b->phase - 1) & 1]);
-    progress(l);
     return 1;
 }
 

@@ -5,12 +5,11 @@
 #include <string.h>
 
 struct machine machine;
-struct mkhost_lane *mkhost_now;
+EXPORT struct mkhost_lane *mkhost_now;
 
 enum {
-    ALLOWED = 20,          /* polls of a wait before its lane is parked: two rounds of the longest */
-    STALL_ALLOWED = 4200,  /* the same when nothing else goes on: the kernel's watchdog looks at every
-                              4096th poll */
+    STALL_POLLS = 4200,    /* more polls of all when nothing goes on: the kernel's watchdog looks at every
+                              4096th */
     STALLS = 4,            /* then it is a deadlock */
     STALL_NS = 1000000000, /* that the clock gains when nothing goes on */
     STEP_NS = 20
@@ -24,7 +23,8 @@ uint64_t machine_random(uint64_t below)
 
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ z >> 27) * 0x94D049BB133111EBull;
-    return (z ^ z >> 31) % below;
+    z ^= z >> 31;
+    return (uint64_t) ((unsigned __int128) z * below >> 64);
 }
 
 /* Seed 0 is calm: turns are long and go round, nothing is late.  Each other seed has a temper. */
@@ -66,9 +66,8 @@ static void start_lane(struct warp *w, int i)
     l->state = READY;
     l->doing = "not started";
     l->frame = l->about = NULL;
-    l->watched = 0;
-    l->polls = 0;
-    l->allowed = ALLOWED;
+    l->patience = 0;
+    progress(l);
     l->n_seen = l->fenced = 0;
     l->n_copies = l->busy = 0;
     l->group = 0;
@@ -270,12 +269,6 @@ static void run_lane(void)
 
 /* ---- The scheduler -------------------------------------------------------- */
 
-void set_state(struct lane *l, enum lane_state state)
-{
-    l->warp->ready += (state == READY) - (l->state == READY);
-    l->state = state;
-}
-
 void switch_to(struct lane *to)
 {
     struct lane *from = machine.now;
@@ -305,28 +298,26 @@ static struct lane *lane_of(struct warp *w)
     return NULL;
 }
 
-/* A warp that can go on, by weight; NULL: there is none. */
+/* A warp that can go on, by weight; those without any only when there is no other.  NULL: none. */
 static struct warp *choose_warp(void)
 {
-    unsigned long total = 0, at;
-    struct warp *any = NULL;
-    int able = 0;
+    unsigned total = 0, able = 0, at;
 
     for (int i = 0; i < machine.n_warps; i++)
         if (machine.warps[i]->ready) {
             total += machine.warps[i]->weight;
-            if (machine_random((uint64_t) ++able) == 0)
-                any = machine.warps[i];
+            able++;
         }
-    if (!total)
-        return any;
-    at = machine_random(total);
-    for (int i = 0;; i++)
-        if (machine.warps[i]->ready) {
-            if (at < machine.warps[i]->weight)
-                return machine.warps[i];
-            at -= machine.warps[i]->weight;
-        }
+    if (!able)
+        return NULL;
+    at = (unsigned) machine_random(total ? total : able);
+    for (int i = 0;; i++) {
+        struct warp *w = machine.warps[i];
+        const unsigned weight = w->ready ? total ? w->weight : 1 : 0;
+        if (at < weight)
+            return w;
+        at -= weight;
+    }
 }
 
 /* The same without chance: round and round. */
@@ -340,13 +331,6 @@ static struct warp *next_warp(void)
             return machine.warps[at];
     }
     return NULL;
-}
-
-static void wake(struct lane *l, int allowed)
-{
-    set_state(l, READY);
-    l->polls = 0;
-    l->allowed = allowed;
 }
 
 /* Nothing is ready and nothing is late.  The clock goes on and everybody polls once more, long enough
@@ -367,9 +351,13 @@ static void stalled(void)
     }
     machine.clock_ns += STALL_NS;
     for (int i = 0; i < machine.n_warps; i++)
-        for (int lane = 0; lane < machine.warps[i]->n_lanes; lane++)
-            if (machine.warps[i]->lanes[lane].state == PARKED)
-                wake(&machine.warps[i]->lanes[lane], STALL_ALLOWED);
+        for (int lane = 0; lane < machine.warps[i]->n_lanes; lane++) {
+            struct lane *l = &machine.warps[i]->lanes[lane];
+            if (l->state == PARKED)
+                set_state(l, READY);
+            l->polls = 0;
+            l->patience = STALL_POLLS;
+        }
 }
 
 /* One thing that is late happens: a store is seen, a copy lands. */
@@ -431,18 +419,6 @@ void reschedule(void)
     }
 }
 
-struct lane *enter(const char *name, const void *frame, const void *about)
-{
-    struct lane *l = machine.now;
-
-    l->doing = name;
-    l->frame = frame;
-    l->about = about;
-    if (--machine.quantum <= 0)
-        reschedule();
-    return l;
-}
-
 /* ---- Polling -------------------------------------------------------------- */
 
 static uint64_t hash_bit(const void *p)
@@ -450,16 +426,31 @@ static uint64_t hash_bit(const void *p)
     return 1ull << ((uintptr_t) p / 16 * 0x9E3779B97F4A7C15ull >> 58);
 }
 
+/* Parked is who has read all it asks for once more, and nothing was new. */
 void polled(struct lane *l, const void *p)
 {
-    l->watched |= hash_bit(p);
-    if (++l->polls < l->allowed)
+    const uint64_t bit = hash_bit(p);
+    int i = 0;
+
+    while (i < l->n_asked && l->asked[i] != p)
+        i++;
+    if (i == l->n_asked) {
+        if (i == MOST_ASKED) /* forgets them all: a long round, which never parks */
+            l->n_asked = 0;
+        l->asked[l->n_asked++] = p;
+        l->watched |= bit;
+        l->warp->watched |= bit;
+        l->polls = 0;
         return;
-    l->warp->watched |= l->watched;
+    }
+    if (++l->polls <= l->n_asked + l->patience)
+        return;
     set_state(l, PARKED);
     reschedule();
 }
 
+/* Whoever read the word before may poll on: parked lanes wake, and others are not parked now, or
+   what they missed would never wake them. */
 void changed(const void *p)
 {
     const uint64_t bit = hash_bit(p);
@@ -472,12 +463,12 @@ void changed(const void *p)
         w->watched = 0;
         for (int lane = 0; lane < w->n_lanes; lane++) {
             struct lane *l = &w->lanes[lane];
-            if (l->state != PARKED)
-                continue;
-            if (l->watched & bit)
-                wake(l, ALLOWED);
-            else
-                w->watched |= l->watched;
+            if (l->watched & bit) {
+                if (l->state == PARKED)
+                    set_state(l, READY);
+                l->polls = l->patience = 0;
+            }
+            w->watched |= l->watched;
         }
     }
 }

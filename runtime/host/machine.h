@@ -13,7 +13,11 @@
 #include <stdint.h>
 #include <stdio.h>
 
-enum { LANES = 32, BARRIERS = 16, MOST_SEEN = 16 };
+/* What kernels and the driver's users call is seen outside (EXPORT), all else is not. */
+#pragma GCC visibility push(hidden)
+#define EXPORT __attribute__((visibility("default")))
+
+enum { LANES = 32, BARRIERS = 16, MOST_SEEN = 16, MOST_ASKED = 12 };
 
 /* What a host kernel knows of the lane at work (templates/host/language.cu.m4). */
 struct mkhost_place {
@@ -23,7 +27,7 @@ struct mkhost_lane {
     struct mkhost_place thread, block, threads, blocks;
     char *shared;
 };
-extern struct mkhost_lane *mkhost_now;
+extern EXPORT struct mkhost_lane *mkhost_now;
 
 enum lane_state {
     READY,
@@ -56,8 +60,10 @@ struct lane {
     const void *frame;  /* of that call: where reports begin */
     const void *about;  /* the address it asks for, or NULL */
     void *meeting;      /* its arguments of a collective */
-    uint64_t watched;   /* hashes of the addresses polled since it last got on */
-    int polls, allowed; /* polls since, and how many before it is parked */
+    /* what it polls since it last got on: the addresses, a bit for each, and polls of no news */
+    const void *asked[MOST_ASKED];
+    int n_asked, polls, patience;
+    uint64_t watched;
     /* fences, for ThreadSanitizer: what was read before one, what was written before one */
     const void *seen[MOST_SEEN];
     int n_seen, fenced;
@@ -170,22 +176,38 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
    (machine.failed tells how), 0 when there is more. */
 int machine_run(int64_t steps);
 uint64_t machine_random(uint64_t below);
-/* Every primitive begins with this: the lane at work, which may lose its turn here. */
-struct lane *enter(const char *name, const void *frame, const void *about);
-#define ENTER(name, about) enter(name, __builtin_frame_address(0), about)
 /* Let another lane go on, or this one if it can. */
 void reschedule(void);
 void switch_to(struct lane *to);
-void set_state(struct lane *l, enum lane_state state);
 /* The word at P is not what it was: those who poll it go on. */
 void changed(const void *p);
 /* The lane at work asks again and again for P. */
 void polled(struct lane *l, const void *p);
 
+static inline void set_state(struct lane *l, enum lane_state state)
+{
+    l->warp->ready += (state == READY) - (l->state == READY);
+    l->state = state;
+}
+
+/* Every primitive begins with this: the lane at work, which may lose its turn here. */
+static inline struct lane *enter(const char *name, const void *frame, const void *about)
+{
+    struct lane *l = machine.now;
+
+    l->doing = name;
+    l->frame = frame;
+    l->about = about;
+    if (--machine.quantum <= 0)
+        reschedule();
+    return l;
+}
+#define ENTER(name, about) enter(name, __builtin_frame_address(0), about)
+
 /* The lane at work got on: what it asked for until now does not matter any more. */
 static inline void progress(struct lane *l)
 {
-    l->polls = 0;
+    l->n_asked = l->polls = 0;
     l->watched = 0;
 }
 
@@ -214,6 +236,8 @@ void fiber_start(struct fiber *f, void (*run)(void));
 void fiber_switch(struct fiber *from, struct fiber *to);
 /* Inside a fiber whose run is over: the last switch away. */
 void fiber_leave(struct fiber *from, struct fiber *to);
+
+#pragma GCC visibility pop
 
 /* What the sanitizers of this process are told, if there are any. */
 extern void __tsan_acquire(void *) __attribute__((weak));

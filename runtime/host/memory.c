@@ -11,13 +11,23 @@ enum { MOST_PENDING = 192, CLOCKS = 1 << 15 };
 
 /* ---- Views ---------------------------------------------------------------- */
 
+#define SWAP(n)                             \
+    {                                       \
+        char mine[n];                       \
+        memcpy(mine, s->address, n);        \
+        memcpy(s->address, s->other, n);    \
+        memcpy(s->other, mine, n);          \
+        return;                             \
+    }
 static void swap(struct pending *s)
 {
-    char mine[sizeof s->other];
-
-    memcpy(mine, s->address, s->bytes);
-    memcpy(s->address, s->other, s->bytes);
-    memcpy(s->other, mine, s->bytes);
+    switch (s->bytes) {
+    case 2: SWAP(2)
+    case 4: SWAP(4)
+    case 8: SWAP(8)
+    case 16: SWAP(16)
+    default: misuse("a store of %u bytes", s->bytes);
+    }
 }
 
 void show_view(struct cta *cta)

@@ -45,25 +45,33 @@ static void part(struct warp *w)
 }
 
 struct shuffle {
-    char *value;
+    void *value;
     unsigned bytes, from;
 };
 
-/* shfl.sync (9.7.9.6); it orders no memory. */
+/* shfl.sync (9.7.9.6) of 32 or, as two of them, of 64 bits; it orders no memory. */
 void mkhost_shuffle(void *value, unsigned bytes, unsigned from)
 {
     struct lane *l = ENTER("shfl.sync", NULL);
     struct shuffle mine = {value, bytes, from & (LANES - 1)}, *all[LANES];
-    char values[LANES][8];
+    uint64_t values[LANES];
 
     if (!meet(l, "shfl.sync", &mine))
         return;
     for (int i = 0; i < LANES; i++) {
         all[i] = l->warp->lanes[i].meeting;
-        memcpy(values[i], all[i]->value, bytes);
+        values[i] = bytes == 8 ? *(uint64_t *) all[i]->value
+                  : bytes == 4 ? *(uint32_t *) all[i]->value
+                               : *(uint8_t *) all[i]->value;
     }
-    for (int i = 0; i < LANES; i++)
-        memcpy(all[i]->value, values[all[i]->from], bytes);
+    for (int i = 0; i < LANES; i++) {
+        if (bytes == 8)
+            *(uint64_t *) all[i]->value = values[all[i]->from];
+        else if (bytes == 4)
+            *(uint32_t *) all[i]->value = (uint32_t) values[all[i]->from];
+        else
+            *(uint8_t *) all[i]->value = (uint8_t) values[all[i]->from];
+    }
     part(l->warp);
 }
 

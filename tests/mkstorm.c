@@ -1,0 +1,527 @@
+/* mkstorm.c - emitted kernels under a storm: on the emulated GPU, with schedules drawn from seeds.
+   Each seed runs the same episode (prefill, decode, samplers, a stop) and must give the bits that the
+   calm schedule gave, which are compared with the oracle.  A seed replays exactly.
+   With --faults, kernels that have a known fault must be caught. */
+#define _GNU_SOURCE
+#include "config.h"
+
+#include <dlfcn.h>
+#include <getopt.h>
+#include <stdint.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "runtime/cpu.h"
+#include "runtime/cxx.h"
+#include "runtime/engine.h"
+#include "runtime/sample.h"
+#include "tests/check.h"
+#include "tests/faults.h"
+
+enum { CONTEXT = 64, PROMPT = 18, STEPS = 4, SAMPLED = 2, MOST_V = 256, MOST_SETTINGS = 8 };
+
+/* ---- Worlds: a toy model, an architecture, settings ------------------------- */
+
+struct world {
+    const char *model, *arch, *settings;
+};
+
+static const struct world worlds[] = {
+    {"tiny-qwen3", "sm_90", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
+    {"tiny-qwen3", "sm_80", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
+    {"tiny-qwen3", "sm_75", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
+    {"tiny-qwen2", "sm_90", "ctas=3 warps=5 unroll_layers=loop chunk_bytes=512 stages=2"},
+    {"tiny-qwen2", "sm_75", "ctas=3 warps=4 unroll_layers=loop chunk_bytes=1024 stages=3"},
+    {"tiny-qwen2", "sm_80", "ctas=4 warps=7 round_blocks=2 split_min=3"},
+    {"tiny-llama", "sm_90", "ctas=2 warps=7 head_group=1 split_min=4 dtype=fp16"},
+    {"tiny-llama", "sm_80", "ctas=4 warps=4 head_group=2 inflight=1 epoch0=2147483500"},
+    {"tiny-smol", "sm_100", "ctas=4 warps=4 split_min=2 prefill_tokens=16"},
+    {"tiny-smol", "sm_120", "ctas=1 warps=4 stages=4 inflight=3"},
+    {"tiny-qwen3-e128", "sm_90", "ctas=4 warps=4 split_min=5 head_group=1"},
+    {"tiny-qwen3-e128", "sm_89", "ctas=3 warps=6 dtype=fp16 tokens_per_launch=1"},
+};
+enum { WORLDS = sizeof worlds / sizeof *worlds };
+
+static struct {
+    long seeds, first;
+    int world, jobs, faults, verbose;
+    const char *fault;
+} opt = {.seeds = 100, .first = 1, .world = -1};
+
+static const char *const *split_settings(const char *settings)
+{
+    static char text[MOST_SETTINGS][64];
+    static const char *list[MOST_SETTINGS + 1];
+    int n = 0, used;
+
+    while (n < MOST_SETTINGS && sscanf(settings, "%63s%n", text[n], &used) == 1) {
+        list[n] = text[n];
+        settings += used;
+        n++;
+    }
+    list[n] = NULL;
+    return list;
+}
+
+/* ---- Races that ThreadSanitizer reports ------------------------------------- */
+
+static volatile int races;
+
+void __tsan_on_report(void *report);
+void __tsan_on_report(void *report)
+{
+    (void) report;
+    races++;
+}
+
+/* The machine itself is not looked at: it runs in the name of whichever lane is at work. */
+const char *__tsan_default_suppressions(void);
+const char *__tsan_default_suppressions(void)
+{
+    return "called_from_lib:libmkhost.so\n";
+}
+
+/* Lanes are many, and the first report is enough. */
+const char *__tsan_default_options(void);
+const char *__tsan_default_options(void)
+{
+    return "exitcode=0:history_size=0:report_thread_leaks=0:die_after_fork=0";
+}
+
+/* ---- One episode ------------------------------------------------------------ */
+
+struct result { /* every bit that the kernels gave */
+    float logits[STEPS][MOST_V], sampled_logits[2][SAMPLED][MOST_V];
+    int32_t tokens[STEPS], sampled[2][SAMPLED], stopped[STEPS];
+    int n_stopped;
+    uint16_t kv[4][2][2][PROMPT + STEPS][128]; /* layer, head, key or value */
+};
+
+struct taken {
+    int32_t *token;
+    int n, stop_after;
+};
+
+static int take(void *user, int32_t token)
+{
+    struct taken *t = user;
+
+    t->token[t->n++] = token;
+    return t->n == t->stop_after;
+}
+
+struct stage {
+    struct gen_model model;
+    struct rt_weights *weights;
+    struct rt_engine *engine;
+    struct rt_session *session;
+    int32_t prompt[PROMPT];
+};
+
+static int poison(struct stage *s, struct mk_err *err)
+{
+    static uint16_t rows[CONTEXT * 128];
+    int rc = 0;
+
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        rows[i] = 0x7fff; /* NaN in bf16 and in fp16 */
+    for (int layer = 0; layer < s->model.L; layer++)
+        for (int head = 0; head < s->model.K; head++)
+            for (int which = 0; which < 2; which++)
+                if (rc == 0)
+                    rc = rt_session_kv_put(s->session, layer, head, which, 0, CONTEXT, rows, err);
+    return rc;
+}
+
+static int read_kv(struct stage *s, struct result *r, struct mk_err *err)
+{
+    const int n = PROMPT + STEPS, E = s->model.E;
+    uint16_t rows[(PROMPT + STEPS) * 128];
+    int rc = 0;
+
+    for (int layer = 0; layer < s->model.L && layer < 4; layer++)
+        for (int head = 0; head < s->model.K && head < 2; head++)
+            for (int which = 0; rc == 0 && which < 2; which++) {
+                rc = rt_session_kv_get(s->session, layer, head, which, 0, n, rows, err);
+                for (int i = 0; i < n; i++)
+                    memcpy(r->kv[layer][head][which][i], rows + i * E, (size_t) E * 2);
+            }
+    return rc;
+}
+
+/* N tokens after TOKEN at POS; fewer than wanted is a failure, but for STOP_AFTER. */
+static int decode(struct stage *s, struct rt_decode job, struct taken *t, struct mk_err *err)
+{
+    const int want = t->stop_after ? t->stop_after : job.n;
+    int done, rc;
+
+    job.token_fn = take;
+    job.user = t;
+    rc = rt_session_decode(s->session, &job, &done, err);
+    if (rc == 0 && done != want)
+        rc = gen_fail(err, MK_EDEVICE, "%d tokens instead of %d", done, want);
+    return rc;
+}
+
+static void compact(const struct stage *s, const float *from, float (*to)[MOST_V], int n)
+{
+    for (int i = 0; i < n; i++)
+        memcpy(to[i], from + (size_t) i * (size_t) s->model.V, (size_t) s->model.V * sizeof(float));
+}
+
+static int play(struct stage *s, struct result *r, struct mk_err *err)
+{
+    static const struct mk_sampling kinds[2] = {
+        {.temperature = 1, .top_p = 1, .seed = 5},
+        {.temperature = 1.3f, .top_k = 20, .top_p = 0.7f, .seed = 6},
+    };
+    static float logits[STEPS * MOST_V];
+    struct taken t = {.token = r->tokens};
+    struct rt_decode job = {.token = s->prompt[PROMPT - 1], .pos = PROMPT - 1, .n = STEPS, .top_p = 1};
+    int done, rc = poison(s, err);
+
+    memset(r, 0, sizeof *r);
+    if (rc == 0)
+        rc = rt_session_prefill(s->session, s->prompt, PROMPT - 1, 0, &done, err);
+    job.logits = logits;
+    if (rc == 0)
+        rc = decode(s, job, &t, err);
+    compact(s, logits, r->logits, STEPS);
+    if (rc == 0)
+        rc = read_kv(s, r, err);
+    for (int k = 0; rc == 0 && k < 2; k++) {
+        t = (struct taken) {.token = r->sampled[k]};
+        job = (struct rt_decode) {.token = r->tokens[k], .pos = PROMPT + k, .n = SAMPLED, .logits = logits,
+                                  .temperature = kinds[k].temperature, .top_k = kinds[k].top_k,
+                                  .top_p = kinds[k].top_p, .seed = kinds[k].seed};
+        rc = decode(s, job, &t, err);
+        compact(s, logits, r->sampled_logits[k], SAMPLED);
+    }
+    if (rc == 0) { /* the host says stop while the launch is in the middle of a token */
+        t = (struct taken) {.token = r->stopped, .stop_after = 2};
+        job = (struct rt_decode) {.token = r->tokens[0], .pos = PROMPT, .n = STEPS, .top_p = 1};
+        rc = decode(s, job, &t, err);
+        r->n_stopped = t.n;
+    }
+    return rc;
+}
+
+/* ---- Opening and closing ---------------------------------------------------- */
+
+static void stage_close(struct stage *s)
+{
+    rt_session_free(s->session);
+    rt_engine_close(s->engine);
+    rt_weights_close(s->weights);
+}
+
+static int stage_open(const struct world *w, struct stage *s, struct mk_err *err)
+{
+    const char *srcdir = getenv("srcdir") ? getenv("srcdir") : access("../tests/toy", R_OK) ? "tests" : "../tests";
+    char path[4096], device[32];
+    struct rt_engine_options options = {.set = split_settings(w->settings), .device = device};
+    int rc;
+
+    memset(s, 0, sizeof *s);
+    snprintf(path, sizeof path, "%s/toy/%s", srcdir, w->model);
+    snprintf(device, sizeof device, "host:%s", w->arch);
+    rc = gen_model_read(path, &s->model, err);
+    if (rc == 0)
+        rc = rt_weights_random(&s->model, 7, &s->weights, err);
+    if (rc == 0)
+        rc = rt_engine_open(&s->model, s->weights, &options, &s->engine, err);
+    if (rc == 0) {
+        rt_device_seed(rt_engine_device(s->engine), 0);
+        rc = rt_session_make(s->engine, CONTEXT, &s->session, err);
+    }
+    for (int i = 0; rc == 0 && i < PROMPT; i++)
+        s->prompt[i] = (int32_t) (rt_sample_hash(3, (uint32_t) i, 0) % (uint64_t) s->model.V);
+    return rc;
+}
+
+/* ---- What is right ---------------------------------------------------------- */
+
+/* The calm run against the oracle: logits of every step, and the sampler's choices. */
+static int compare_oracle(struct stage *s, const struct result *r, char *why, size_t size)
+{
+    const int V = s->model.V;
+    float *want = calloc((size_t) (PROMPT + STEPS) * (size_t) V, sizeof *want);
+    int32_t tokens[PROMPT + STEPS];
+    struct rt_cpu *cpu = NULL;
+    struct mk_err err = {0};
+    double squares = 0, worst = 0;
+    int rc = want ? 0 : MK_ENOMEM;
+
+    memcpy(tokens, s->prompt, sizeof s->prompt);
+    memcpy(tokens + PROMPT, r->tokens, sizeof r->tokens);
+    if (rc == 0)
+        rc = rt_cpu_make(&s->model, s->weights, rt_session_plan(s->session)->dtype, 1, CONTEXT, 1, &cpu, &err);
+    if (rc == 0)
+        rc = rt_cpu_run(cpu, tokens, PROMPT + STEPS - 1, 0, want, 1, NULL, &err);
+    for (int t = 0; rc == 0 && t < STEPS; t++)
+        for (int i = 0; i < V; i++) {
+            const double w = want[(size_t) (PROMPT - 1 + t) * (size_t) V + (size_t) i];
+            const double difference = fabs(w - (double) r->logits[t][i]);
+            squares += w * w / (STEPS * V);
+            worst = difference > worst || isnan(difference) ? difference : worst;
+        }
+    snprintf(why, size, "%s", rc ? err.text : "");
+    if (rc == 0 && !(worst < 0.06 * sqrt(squares)))
+        snprintf(why, size, "logits differ from the oracle's by %.3f of their rms", worst / sqrt(squares));
+    rt_cpu_free(cpu);
+    free(want);
+    return *why != 0;
+}
+
+static int compare_bits(const struct result *got, const struct result *want, char *why, size_t size)
+{
+    *why = 0;
+    if (memcmp(got->kv, want->kv, sizeof got->kv))
+        snprintf(why, size, "other KV rows");
+    else if (memcmp(got->logits, want->logits, sizeof got->logits))
+        snprintf(why, size, "other logits");
+    else if (memcmp(got, want, sizeof *got))
+        snprintf(why, size, "other tokens");
+    return *why != 0;
+}
+
+/* ---- Runs -------------------------------------------------------------------- */
+
+static double seconds(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double) t.tv_sec + (double) t.tv_nsec * 1e-9;
+}
+
+static void print_replay(const struct world *w, long seed, const char *fault)
+{
+    printf("  replay: tests/mkstorm --world %d --first %ld --seeds 1%s%s\n", (int) (w - worlds), seed,
+           fault ? " --fault " : "", fault ? fault : "");
+}
+
+/* One seed against WANT; 1 and why when it failed. */
+static int run_seed(struct stage *s, long seed, const struct result *want, char *why, size_t size)
+{
+    struct rt_device *d = rt_engine_device(s->engine);
+    static struct result got;
+    struct mk_err err = {0};
+    const int before = races;
+    int rc;
+
+    rt_device_seed(d, (uint64_t) seed);
+    rc = play(s, &got, &err);
+    *why = 0;
+    if (rc)
+        snprintf(why, size, "%s", *rt_device_report(d) ? rt_device_report(d) : err.text);
+    else if (races != before)
+        snprintf(why, size, "%d data races", races - before);
+    else
+        compare_bits(&got, want, why, size);
+    return *why != 0;
+}
+
+static int calm_run(const struct world *w, struct stage *s, struct result *want)
+{
+    char why[4096] = "";
+    struct mk_err err = {0};
+    int rc = stage_open(w, s, &err);
+
+    if (rc == 0)
+        rc = play(s, want, &err);
+    if (rc)
+        snprintf(why, sizeof why, "%s", err.text);
+    else if (races)
+        snprintf(why, sizeof why, "%d data races", races);
+    else
+        compare_oracle(s, want, why, sizeof why);
+    if (!*why)
+        return 0;
+    printf("FAILED %s %s %s, calm: %s\n", w->model, w->arch, w->settings, why);
+    print_replay(w, 0, NULL);
+    return 1;
+}
+
+/* Seeds of one world; the number of failures (at most one: it says enough). */
+static int run_world(const struct world *w, long first, long n)
+{
+    static struct result want;
+    char why[65536];
+    const double start = seconds();
+    struct stage s;
+    int failed = calm_run(w, &s, &want);
+
+    for (long seed = first; !failed && seed < first + n; seed++)
+        if (run_seed(&s, seed, &want, why, sizeof why)) {
+            printf("FAILED %s %s %s, seed %ld: %s\n", w->model, w->arch, w->settings, seed, why);
+            print_replay(w, seed, NULL);
+            failed = 1;
+        }
+    if (!failed)
+        printf("ok     %-16s %-6s %-62s %6ld seeds %6.1f s\n", w->model, w->arch, w->settings, n,
+               seconds() - start);
+    stage_close(&s);
+    return failed;
+}
+
+/* ---- Faults ------------------------------------------------------------------ */
+
+/* A faulty kernel must fail one of its seeds.  1 when none did. */
+static int run_fault(const struct fault *f, long most)
+{
+    static struct result want;
+    const struct world *w = &worlds[f->world];
+    char why[65536] = "nothing";
+    struct stage sound, faulty;
+    struct mk_err err = {0};
+    long seed = 0;
+    int caught = 0;
+
+    if (calm_run(w, &sound, &want))
+        return 1;
+    rt_cxx_plant(&f->plant);
+    if (stage_open(w, &faulty, &err)) {
+        printf("FAILED %-24s cannot be planted: %s\n", f->plant.name, err.text);
+        return 1;
+    }
+    for (seed = 0; !caught && seed <= most; seed++) {
+        caught = run_seed(&faulty, seed, &want, why, sizeof why);
+        if (caught && opt.verbose)
+            printf("%s\n", why);
+        if (caught)
+            break;
+    }
+    why[strcspn(why, "\n")] = 0;
+    printf("%s %-24s %-62s %5ld %.100s\n", caught ? "caught" : "FAILED", f->plant.name, f->text, seed, why);
+    rt_cxx_plant(NULL);
+    return !caught;
+}
+
+/* ---- Work for all processors ---------------------------------------------------- */
+
+/* Run JOB(i) for i < N in processes of their own, JOBS at once; the number that failed. */
+static int run_jobs(int n, int (*job)(int))
+{
+    int failed = 0, running = 0, status;
+
+    for (int i = 0; i < n || running; ) {
+        if (i < n && running < opt.jobs) {
+            fflush(stdout);
+            const pid_t pid = fork();
+            if (pid == 0) {
+                const int rc = job(i);
+                fflush(stdout);
+                _exit(rc);
+            }
+            CHECK(pid > 0);
+            running++;
+            i++;
+            continue;
+        }
+        CHECK(wait(&status) > 0);
+        failed += !WIFEXITED(status) || WEXITSTATUS(status);
+        if (!WIFEXITED(status))
+            printf("FAILED a worker died, signal %d\n", WTERMSIG(status));
+        running--;
+    }
+    return failed;
+}
+
+static int world_job(int i)
+{
+    const struct world *w = &worlds[opt.world >= 0 ? opt.world : i];
+
+    return run_world(w, opt.first, opt.seeds);
+}
+
+static const struct fault *chosen[FAULTS];
+
+static int fault_job(int i)
+{
+    return run_fault(chosen[i], opt.seeds);
+}
+
+static int choose_faults(void)
+{
+    const int race_detector = dlsym(RTLD_DEFAULT, "__tsan_init") != NULL;
+    int n = 0;
+
+    for (size_t i = 0; i < FAULTS; i++)
+        if (opt.fault ? !strcmp(opt.fault, faults[i].plant.name) : faults[i].race == race_detector)
+            chosen[n++] = &faults[i];
+    return n;
+}
+
+static void usage(FILE *f)
+{
+    fputs("usage: mkstorm [options]\n"
+          "Run emitted kernels on the emulated GPU, with schedules drawn from seeds.\n"
+          "  --seeds N      schedules of every world, or at most for every fault (100)\n"
+          "  --first S      the first seed (1)\n"
+          "  --world I      one world (--list prints them)\n"
+          "  --faults       plant every fault in turn; each must be caught\n"
+          "  --fault NAME   plant this one\n"
+          "  --jobs N       processes at once (all processors)\n"
+          "  --list         worlds and faults\n"
+          "  --verbose      whole reports\n"
+          "  --help\n",
+          f);
+}
+
+static void list(void)
+{
+    for (int i = 0; i < WORLDS; i++)
+        printf("world %2d  %-16s %-6s %s\n", i, worlds[i].model, worlds[i].arch, worlds[i].settings);
+    for (size_t i = 0; i < FAULTS; i++)
+        printf("fault %-24s %s%s\n", faults[i].plant.name, faults[i].text,
+               faults[i].race ? " (a race)" : "");
+}
+
+static void read_options(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"seeds", 1, NULL, 's'},  {"first", 1, NULL, 'f'},   {"world", 1, NULL, 'w'}, {"faults", 0, NULL, 'F'},
+        {"fault", 1, NULL, 'n'},  {"jobs", 1, NULL, 'j'},    {"list", 0, NULL, 'l'},  {"verbose", 0, NULL, 'v'},
+        {"help", 0, NULL, 'h'},   {NULL, 0, NULL, 0},
+    };
+    int c;
+
+    opt.jobs = (int) sysconf(_SC_NPROCESSORS_ONLN);
+    while ((c = getopt_long(argc, argv, "", options, NULL)) != -1)
+        switch (c) {
+        case 's': opt.seeds = atol(optarg); break;
+        case 'f': opt.first = atol(optarg); break;
+        case 'w': opt.world = atoi(optarg); break;
+        case 'F': opt.faults = 1; break;
+        case 'n': opt.fault = optarg; opt.faults = 1; break;
+        case 'j': opt.jobs = atoi(optarg); break;
+        case 'v': opt.verbose = 1; break;
+        case 'l': list(); exit(0);
+        case 'h': usage(stdout); exit(0);
+        default: usage(stderr); exit(2);
+        }
+    if (optind < argc || opt.seeds < 0 || opt.jobs < 1 || opt.world >= WORLDS) {
+        usage(stderr);
+        exit(2);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    struct rt_device *d;
+    struct mk_err err;
+    int failed;
+
+    read_options(argc, argv);
+    if (rt_device_open("host", 0, &d, &err))
+        SKIP("%s", err.text);
+    rt_device_close(d);
+    if (opt.faults)
+        failed = run_jobs(choose_faults(), fault_job);
+    else
+        failed = run_jobs(opt.world >= 0 ? 1 : WORLDS, world_job);
+    printf("%s: %d failed\n", opt.faults ? "faults" : "worlds", failed);
+    return failed != 0;
+}
