@@ -11,7 +11,7 @@ static __device__ __forceinline__ u32 count_landed(u32 filled)
         landed++;
     __syncwarp();
     if (threadIdx.x % 32 == 0)
-        S->landed = landed;
+        store_flag(&S->landed, landed); // the watchdog's report reads it
     __syncwarp();
     return __shfl_sync(~0u, landed, 0);
 }

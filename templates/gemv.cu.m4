@@ -19,7 +19,7 @@ static __device__ __forceinline__ void wait_landed(u32 chunk)
 {
     Watch watch;
     while (!gate_await_landed(&S->full[chunk % STAGES], chunk / STAGES))
-        watch.poll(S->args.fault, AT_RING, chunk, S->landed);
+        watch.poll(S->args.fault, AT_RING, chunk, load_flag(&S->landed));
 }
 
 // Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two

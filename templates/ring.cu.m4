@@ -36,12 +36,14 @@ static __device__ __forceinline__ void gate_release(Gate *free)
 static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
 {
     const int lane = threadIdx.x % 32;
+    __syncwarp(); // lane 0 saw that the stage is free: now all lanes did
     for (int i = lane * 16; i < bytes; i += 512)
         *(uint4 *)((unsigned char *)dst + i) = *(const uint4 *)(src + i);
-    __threadfence_block();
     __syncwarp();
-    if (lane == 0)
+    if (lane == 0) {
+        __threadfence_block();
         atomicAdd(&full->count, 1);
+    }
     __syncwarp();
 }|}, {|typedef u64 Gate; // an mbarrier
 
@@ -84,6 +86,7 @@ static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const un
 {
     const int lane = threadIdx.x % 32;
     const u32 to = shared_address(dst);
+    __syncwarp(); // lane 0 saw that the stage is free: now all lanes did
     for (int i = lane * 16; i < bytes; i += 512)
         copy16(to + i, src + i, 16);
     mbarrier_arrive_copied(full);
