@@ -67,6 +67,7 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_FP16", p->dtype == GEN_FP16);
     put_int(f, "PLAN_CONTEXT", p->context);
     put_int(f, "PLAN_CTAS", p->ctas);
+    put_int(f, "PLAN_CLUSTER", 1); /* CTAs that reach each other's shared memory */
     put_int(f, "PLAN_WARPS", p->warps);
     put_int(f, "PLAN_THREADS", p->warps * 32);
     put_int(f, "PLAN_STAGES", p->stages);

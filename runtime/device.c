@@ -55,6 +55,8 @@
     F(cuLaunchCooperativeKernel, (rt_func f, unsigned gx, unsigned gy, unsigned gz,         \
                                   unsigned bx, unsigned by, unsigned bz, unsigned smem,     \
                                   void *stream, void **params))                             \
+    F(cuLaunchKernelEx, (const struct launch *config, rt_func f, void **params,             \
+                         void **extra))                                                     \
     F(cuEventCreate, (rt_event *e, unsigned flags))                                         \
     F(cuEventDestroy_v2, (rt_event e))                                                      \
     F(cuEventRecord, (rt_event e, void *stream))                                            \
@@ -95,7 +97,23 @@ enum {
     FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, /* CUfunction_attribute */
     STREAM_NON_BLOCKING = 1,                /* CUstream_flags */
     HOSTALLOC_PORTABLE = 1,                 /* CU_MEMHOSTALLOC_* */
-    HOSTALLOC_DEVICEMAP = 2
+    HOSTALLOC_DEVICEMAP = 2,
+    LAUNCH_CLUSTER_DIMENSION = 4            /* CUlaunchAttributeID */
+};
+
+struct launch_attribute {                   /* CUlaunchAttribute */
+    unsigned id;
+    union {
+        unsigned cluster[3];
+        char bytes[64];
+    } value __attribute__((aligned(8)));
+};
+
+struct launch {                             /* CUlaunchConfig */
+    unsigned grid[3], block[3], smem;
+    void *stream;
+    const struct launch_attribute *attributes;
+    unsigned n_attributes;
 };
 
 struct driver {
@@ -216,11 +234,16 @@ static int own_folder(char *path, size_t size)
     return 0;
 }
 
-/* Where libmkhost.so is: in PATH.  The places are those of a built tree and of an
-   installed one. */
+/* Where libmkhost.so is: in PATH.  The places are those of a built tree, of an installed one that
+   may have been moved, and of one that was not. */
 static int find_host_driver(char *path, size_t size, struct mk_err *err)
 {
-    static const char *const folders[] = { "", ".libs/", "../.libs/", "../lib/mkgen/", "mkgen/" };
+    static const char *const folders[] = {
+        "", ".libs/", "../.libs/", "../lib/mkgen/", "mkgen/",
+#ifdef HOST_DIR
+        HOST_DIR "/",
+#endif
+    };
     const char *named = getenv("MK_HOST_DRIVER");
     char own[4096];
     int n;
@@ -232,7 +255,7 @@ static int find_host_driver(char *path, size_t size, struct mk_err *err)
     if (own_folder(own, sizeof own))
         strcpy(own, "./");
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
-        n = snprintf(path, size, "%s%slibmkhost.so", own, folders[i]);
+        n = snprintf(path, size, "%s%slibmkhost.so", folders[i][0] == '/' ? "" : own, folders[i]);
         if (n < (int) size && access(path, R_OK) == 0)
             return 0;
     }
@@ -817,17 +840,35 @@ static int check_fits(struct rt_device *d, rt_func f, int grid, int block, int s
     return rc;
 }
 
+static int check_sizes(int grid, int block, int smem, struct mk_err *err)
+{
+    if (grid >= 1 && block >= 1 && smem >= 0)
+        return 0;
+    return gen_fail(err, MK_EINVAL, "cannot launch %d blocks of %d threads with %d bytes of "
+                    "shared memory", grid, block, smem);
+}
+
+/* The outcome RESULT of CALL. */
+static int check_launch(const struct rt_device *d, int result, const char *call, int grid,
+                        int block, int smem, struct mk_err *err)
+{
+    int rc = check(d, err, result, call);
+
+    if (rc == 0)
+        return 0;
+    return gen_fail_in(err, rc, "%d blocks of %d threads and %d bytes of shared memory",
+                       grid, block, smem);
+}
+
 int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int cooperative,
               void **params, struct mk_err *err)
 {
     const char *call = cooperative ? "cuLaunchCooperativeKernel" : "cuLaunchKernel";
     unsigned g = (unsigned) grid, b = (unsigned) block, s = (unsigned) smem;
-    int rc;
+    int rc = check_sizes(grid, block, smem, err);
 
-    if (grid < 1 || block < 1 || smem < 0)
-        return gen_fail(err, MK_EINVAL, "cannot launch %d blocks of %d threads with %d bytes of "
-                        "shared memory", grid, block, smem);
-    rc = enter(d, err);
+    if (rc == 0)
+        rc = enter(d, err);
     if (rc == 0 && cooperative)
         rc = check_fits(d, f, grid, block, smem, err);
     if (rc)
@@ -836,11 +877,29 @@ int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int
         rc = d->cu->cuLaunchCooperativeKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params);
     else
         rc = d->cu->cuLaunchKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params, NULL);
+    return check_launch(d, rc, call, grid, block, smem, err);
+}
+
+int rt_launch_cluster(struct rt_device *d, rt_func f, int grid, int block, int smem, int cluster,
+                      void **params, struct mk_err *err)
+{
+    const struct launch_attribute attribute = {
+        .id = LAUNCH_CLUSTER_DIMENSION, .value.cluster = { (unsigned) cluster, 1, 1 }
+    };
+    const struct launch config = {
+        .grid = { (unsigned) grid, 1, 1 }, .block = { (unsigned) block, 1, 1 },
+        .smem = (unsigned) smem, .stream = d->stream, .attributes = &attribute, .n_attributes = 1
+    };
+    int rc = check_sizes(grid, block, smem, err);
+
+    if (rc == 0 && (cluster < 1 || grid % cluster))
+        rc = gen_fail(err, MK_EINVAL, "cannot launch %d blocks in clusters of %d", grid, cluster);
     if (rc == 0)
-        return 0;
-    rc = check(d, err, rc, call);
-    return gen_fail_in(err, rc, "%d blocks of %d threads and %d bytes of shared memory",
-                       grid, block, smem);
+        rc = enter(d, err);
+    if (rc)
+        return rc;
+    rc = d->cu->cuLaunchKernelEx(&config, f, params, NULL);
+    return check_launch(d, rc, "cuLaunchKernelEx", grid, block, smem, err);
 }
 
 /* ---- Events --------------------------------------------------------------- */

@@ -78,6 +78,10 @@ int rt_module_func(struct rt_device *d, rt_module m, const char *name, int smem,
    numbers).  PARAMS: one pointer per kernel parameter.  Also MK_EINVAL: sizes below 1. */
 int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int cooperative,
               void **params, struct mk_err *err);
+/* The same, not cooperative, in clusters of CLUSTER blocks that can reach each other's shared
+   memory; GRID is a multiple of it. */
+int rt_launch_cluster(struct rt_device *d, rt_func f, int grid, int block, int smem, int cluster,
+                      void **params, struct mk_err *err);
 
 int rt_event_make(struct rt_device *d, rt_event *out, struct mk_err *err);
 void rt_event_free(struct rt_device *d, rt_event e);

@@ -437,6 +437,14 @@ double rt_session_kernel_s(const struct rt_session *s)
     return s->kernel_s;
 }
 
+/* The cancel word: any but 0 ends the launch; ENOUGH is not a caller's cancel. */
+enum { ENOUGH = 2 };
+
+static void exchange_cancel(struct rt_session *s, uint32_t from, uint32_t to)
+{
+    __atomic_compare_exchange_n(s->mapped.cancel, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
 void rt_session_cancel(struct rt_session *s)
 {
     *s->mapped.cancel = 1;
@@ -623,7 +631,7 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
         if (is_stop(job, *last))
             *stop = 1;
         if (job->token_fn && job->token_fn(job->user, *last)) {
-            *s->mapped.cancel = 1; /* the launch ends soon; what it makes on top is dropped */
+            exchange_cancel(s, 0, ENOUGH); /* it ends soon; what it makes on top is dropped */
             *stop = 2;
         }
     }
@@ -632,8 +640,7 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
     if (!*stop && !more)
         *stop = 3; /* the cancel word */
     rc = rt_device_sync(d, err);
-    if (*stop == 2)
-        *s->mapped.cancel = 0;
+    exchange_cancel(s, ENOUGH, 0);
     return rc ? device_failed(s, rc, err) : 0;
 }
 

@@ -316,6 +316,12 @@ int cuLaunchCooperativeKernel(void *f, unsigned gx, unsigned gy, unsigned gz, un
     return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, smem, stream, params, NULL);
 }
 
+int cuLaunchKernelEx(const void *config, void *f, void **params, void **extra)
+{
+    PLANTED(cuLaunchKernelEx);
+    return config && f && params && !extra ? 0 : 1;
+}
+
 int cuEventCreate(void **e, unsigned flags)
 {
     PLANTED(cuEventCreate);

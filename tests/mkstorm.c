@@ -20,6 +20,7 @@
 #include "tests/faults.h"
 
 enum { CONTEXT = 64, PROMPT = 18, STEPS = 4, SAMPLED = 2, MOST_V = 256, MOST_SETTINGS = 8 };
+enum { POISON = 0x7fff }; /* of rows: NaN in bf16 and in fp16 */
 
 /* ---- Worlds: a toy model, an architecture, settings ------------------------- */
 
@@ -40,6 +41,7 @@ static const struct world worlds[] = {
     {"tiny-smol", "sm_120", "ctas=1 warps=4 stages=4 inflight=3"},
     {"tiny-qwen3-e128", "sm_90", "ctas=4 warps=4 split_min=5 head_group=1"},
     {"tiny-qwen3-e128", "sm_89", "ctas=3 warps=6 dtype=fp16 tokens_per_launch=1"},
+    {"tiny-qwen3-e128", "sm_86", "ctas=3 warps=5 split_min=4"},
 };
 enum { WORLDS = sizeof worlds / sizeof *worlds };
 
@@ -47,7 +49,7 @@ static struct {
     long seeds, first;
     int world, jobs, faults, verbose;
     const char *fault;
-} opt = {.seeds = 100, .first = 1, .world = -1};
+} opt = {.seeds = -1, .first = 1, .world = -1};
 
 static const char *const *split_settings(const char *settings)
 {
@@ -93,14 +95,14 @@ const char *__tsan_default_options(void)
 
 struct result { /* every bit that the kernels gave */
     float logits[STEPS][MOST_V], sampled_logits[2][SAMPLED][MOST_V];
-    int32_t tokens[STEPS], sampled[2][SAMPLED], stopped[STEPS];
+    int32_t tokens[STEPS], sampled[2][SAMPLED], ended[STEPS], stopped[STEPS];
     int n_stopped;
     uint16_t kv[4][2][2][PROMPT + STEPS][128]; /* layer, head, key or value */
 };
 
 struct taken {
     int32_t *token;
-    int n, stop_after;
+    int n, stop_after, ends_after; /* the second: because of an end token */
 };
 
 static int take(void *user, int32_t token)
@@ -125,7 +127,7 @@ static int poison(struct stage *s, struct mk_err *err)
     int rc = 0;
 
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        rows[i] = 0x7fff; /* NaN in bf16 and in fp16 */
+        rows[i] = POISON;
     for (int layer = 0; layer < s->model.L; layer++)
         for (int head = 0; head < s->model.K; head++)
             for (int which = 0; which < 2; which++)
@@ -150,17 +152,17 @@ static int read_kv(struct stage *s, struct result *r, struct mk_err *err)
     return rc;
 }
 
-/* N tokens after TOKEN at POS; fewer than wanted is a failure, but for STOP_AFTER. */
+/* N tokens after TOKEN at POS, or as many as T says; any other number is a failure. */
 static int decode(struct stage *s, struct rt_decode job, struct taken *t, struct mk_err *err)
 {
-    const int want = t->stop_after ? t->stop_after : job.n;
+    const int want = t->stop_after ? t->stop_after : t->ends_after ? t->ends_after : job.n;
     int done, rc;
 
     job.token_fn = take;
     job.user = t;
     rc = rt_session_decode(s->session, &job, &done, err);
     if (rc == 0 && done != want)
-        rc = gen_fail(err, MK_EDEVICE, "%d tokens instead of %d", done, want);
+        rc = gen_fail(err, MK_EDEVICE, "%d tokens in place of %d", done, want);
     return rc;
 }
 
@@ -170,12 +172,30 @@ static void compact(const struct stage *s, const float *from, float (*to)[MOST_V
         memcpy(to[i], from + (size_t) i * (size_t) s->model.V, (size_t) s->model.V * sizeof(float));
 }
 
+static const struct mk_sampling kinds[2] = {
+    {.temperature = 1, .top_p = 1, .seed = 5},
+    {.temperature = 1.3f, .top_k = 20, .top_p = 0.7f, .seed = 6},
+};
+
+/* Launches that end before their last token: the device comes to an end token, and then the host
+   says stop. */
+static int play_ends(struct stage *s, struct result *r, struct mk_err *err)
+{
+    struct taken ended = {.token = r->ended, .ends_after = 1},
+                 stopped = {.token = r->stopped, .stop_after = 2};
+    struct rt_decode job = {.token = s->prompt[PROMPT - 1], .pos = PROMPT - 1, .n = STEPS, .top_p = 1,
+                            .stop = r->tokens, .n_stop = 1};
+    int rc = decode(s, job, &ended, err);
+
+    job = (struct rt_decode) {.token = r->tokens[0], .pos = PROMPT, .n = STEPS, .top_p = 1};
+    if (rc == 0)
+        rc = decode(s, job, &stopped, err);
+    r->n_stopped = stopped.n;
+    return rc;
+}
+
 static int play(struct stage *s, struct result *r, struct mk_err *err)
 {
-    static const struct mk_sampling kinds[2] = {
-        {.temperature = 1, .top_p = 1, .seed = 5},
-        {.temperature = 1.3f, .top_k = 20, .top_p = 0.7f, .seed = 6},
-    };
     static float logits[STEPS * MOST_V];
     struct taken t = {.token = r->tokens};
     struct rt_decode job = {.token = s->prompt[PROMPT - 1], .pos = PROMPT - 1, .n = STEPS, .top_p = 1};
@@ -198,13 +218,7 @@ static int play(struct stage *s, struct result *r, struct mk_err *err)
         rc = decode(s, job, &t, err);
         compact(s, logits, r->sampled_logits[k], SAMPLED);
     }
-    if (rc == 0) { /* the host says stop while the launch is in the middle of a token */
-        t = (struct taken) {.token = r->stopped, .stop_after = 2};
-        job = (struct rt_decode) {.token = r->tokens[0], .pos = PROMPT, .n = STEPS, .top_p = 1};
-        rc = decode(s, job, &t, err);
-        r->n_stopped = t.n;
-    }
-    return rc;
+    return rc ? rc : play_ends(s, r, err);
 }
 
 /* ---- Opening and closing ---------------------------------------------------- */
@@ -242,7 +256,28 @@ static int stage_open(const struct world *w, struct stage *s, struct mk_err *err
 
 /* ---- What is right ---------------------------------------------------------- */
 
-/* The calm run against the oracle: logits of every step, and the sampler's choices. */
+/* The choices against what rt_sample chooses from the same logits; and rows behind the last are as
+   they were. */
+static int compare_choices(struct stage *s, const struct result *r, char *why, size_t size)
+{
+    static const struct mk_sampling greedy = {.top_p = 1};
+    const uint16_t *behind = r->kv[0][0][0][PROMPT + STEPS - 1];
+
+    for (int i = 0; i < STEPS; i++)
+        if (rt_sample(r->logits[i], s->model.V, &greedy, PROMPT + i) != r->tokens[i])
+            snprintf(why, size, "token %d is not the best", i);
+    for (int k = 0; k < 2; k++)
+        for (int i = 0; i < SAMPLED; i++)
+            if (rt_sample(r->sampled_logits[k][i], s->model.V, &kinds[k], PROMPT + k + i + 1) !=
+                r->sampled[k][i])
+                snprintf(why, size, "sampler %d chooses another token %d", k, i);
+    for (int i = 0; i < s->model.E; i++)
+        if (behind[i] != POISON)
+            snprintf(why, size, "a row behind the last was written");
+    return *why != 0;
+}
+
+/* The calm run against the oracle: logits of every step. */
 static int compare_oracle(struct stage *s, const struct result *r, char *why, size_t size)
 {
     const int V = s->model.V;
@@ -323,25 +358,22 @@ static int run_seed(struct stage *s, long seed, const struct result *want, char 
     return *why != 0;
 }
 
-static int calm_run(const struct world *w, struct stage *s, struct result *want)
+/* The calm run, which tells what the bits are; 1 and why when it failed. */
+static int calm_run(struct stage *s, struct result *want, char *why, size_t size)
 {
-    char why[4096] = "";
     struct mk_err err = {0};
-    int rc = stage_open(w, s, &err);
+    const int rc = play(s, want, &err);
 
-    if (rc == 0)
-        rc = play(s, want, &err);
+    *why = 0;
     if (rc)
-        snprintf(why, sizeof why, "%s", err.text);
+        snprintf(why, size, "%s", *rt_device_report(rt_engine_device(s->engine))
+                                      ? rt_device_report(rt_engine_device(s->engine))
+                                      : err.text);
     else if (races)
-        snprintf(why, sizeof why, "%d data races", races);
-    else
-        compare_oracle(s, want, why, sizeof why);
-    if (!*why)
-        return 0;
-    printf("FAILED %s %s %s, calm: %s\n", w->model, w->arch, w->settings, why);
-    print_replay(w, 0, NULL);
-    return 1;
+        snprintf(why, size, "%d data races", races);
+    else if (!compare_oracle(s, want, why, size))
+        compare_choices(s, want, why, size);
+    return *why != 0;
 }
 
 /* Seeds of one world; the number of failures (at most one: it says enough). */
@@ -351,8 +383,15 @@ static int run_world(const struct world *w, long first, long n)
     char why[65536];
     const double start = seconds();
     struct stage s;
-    int failed = calm_run(w, &s, &want);
+    struct mk_err err = {0};
+    int failed = stage_open(w, &s, &err);
 
+    snprintf(why, sizeof why, "%s", failed ? err.text : "");
+    if (failed || calm_run(&s, &want, why, sizeof why)) {
+        printf("FAILED %s %s %s, calm: %s\n", w->model, w->arch, w->settings, why);
+        print_replay(w, 0, NULL);
+        failed = 1;
+    }
     for (long seed = first; !failed && seed < first + n; seed++)
         if (run_seed(&s, seed, &want, why, sizeof why)) {
             printf("FAILED %s %s %s, seed %ld: %s\n", w->model, w->arch, w->settings, seed, why);
@@ -368,33 +407,30 @@ static int run_world(const struct world *w, long first, long n)
 
 /* ---- Faults ------------------------------------------------------------------ */
 
-/* A faulty kernel must fail one of its seeds.  1 when none did. */
+/* A faulty kernel must fail its calm run, or one of the seeds that the fault allows.  1 when none
+   did. */
 static int run_fault(const struct fault *f, long most)
 {
     static struct result want;
-    const struct world *w = &worlds[f->world];
     char why[65536] = "nothing";
-    struct stage sound, faulty;
+    struct stage s;
     struct mk_err err = {0};
     long seed = 0;
-    int caught = 0;
+    int caught;
 
-    if (calm_run(w, &sound, &want))
-        return 1;
     rt_cxx_plant(&f->plant);
-    if (stage_open(w, &faulty, &err)) {
-        printf("FAILED %-24s cannot be planted: %s\n", f->plant.name, err.text);
+    if (stage_open(&worlds[f->world], &s, &err)) {
+        printf("FAILED %-20s cannot be planted: %s\n", f->plant.name, err.text);
         return 1;
     }
-    for (seed = 0; !caught && seed <= most; seed++) {
-        caught = run_seed(&faulty, seed, &want, why, sizeof why);
-        if (caught && opt.verbose)
-            printf("%s\n", why);
-        if (caught)
-            break;
-    }
+    caught = calm_run(&s, &want, why, sizeof why);
+    while (!caught && seed < most)
+        caught = run_seed(&s, ++seed, &want, why, sizeof why);
+    if (opt.verbose)
+        printf("%s\n", why);
     why[strcspn(why, "\n")] = 0;
-    printf("%s %-24s %-62s %5ld %.100s\n", caught ? "caught" : "FAILED", f->plant.name, f->text, seed, why);
+    printf("%s %-20s %-68s seed %3ld of %3ld: %.80s\n", caught ? "caught" : "FAILED", f->plant.name, f->text, seed,
+           most, caught ? why : "nothing");
     rt_cxx_plant(NULL);
     return !caught;
 }
@@ -406,6 +442,8 @@ static int run_jobs(int n, int (*job)(int))
 {
     int failed = 0, running = 0, status;
 
+    if (n == 1)
+        return job(0) != 0; /* in this process, for a debugger */
     for (int i = 0; i < n || running; ) {
         if (i < n && running < opt.jobs) {
             fflush(stdout);
@@ -429,18 +467,43 @@ static int run_jobs(int n, int (*job)(int))
     return failed;
 }
 
+/* A job is a world and at most SHARE seeds: job I of the worlds chosen takes share I / n_worlds. */
+enum { SHARE = 50 };
+
+static long seeds_wanted(void)
+{
+    return opt.seeds < 0 ? 100 : opt.seeds;
+}
+
+static int n_worlds(void)
+{
+    return opt.world >= 0 ? 1 : WORLDS;
+}
+
 static int world_job(int i)
 {
-    const struct world *w = &worlds[opt.world >= 0 ? opt.world : i];
+    const struct world *w = &worlds[opt.world >= 0 ? opt.world : i % WORLDS];
+    const long done = i / n_worlds() * SHARE, left = seeds_wanted() - done;
 
-    return run_world(w, opt.first, opt.seeds);
+    return run_world(w, opt.first + done, left < SHARE ? left : SHARE);
+}
+
+/* Every seed of every world; prints what it was. */
+static int run_storm(void)
+{
+    const int shares = (int) ((seeds_wanted() + SHARE - 1) / SHARE);
+    const int failed = run_jobs(n_worlds() * (shares ? shares : 1), world_job);
+
+    printf("storm: %ld seeds from %ld on in each of %d worlds, %ld in all: %d failed\n", seeds_wanted(), opt.first,
+           n_worlds(), seeds_wanted() * n_worlds(), failed);
+    return failed;
 }
 
 static const struct fault *chosen[FAULTS];
 
 static int fault_job(int i)
 {
-    return run_fault(chosen[i], opt.seeds);
+    return run_fault(chosen[i], opt.seeds < 0 ? chosen[i]->seeds : opt.seeds);
 }
 
 static int choose_faults(void)
@@ -458,7 +521,7 @@ static void usage(FILE *f)
 {
     fputs("usage: mkstorm [options]\n"
           "Run emitted kernels on the emulated GPU, with schedules drawn from seeds.\n"
-          "  --seeds N      schedules of every world, or at most for every fault (100)\n"
+          "  --seeds N      schedules of every world (100), or of every fault (what faults.h says)\n"
           "  --first S      the first seed (1)\n"
           "  --world I      one world (--list prints them)\n"
           "  --faults       plant every fault in turn; each must be caught\n"
@@ -475,7 +538,7 @@ static void list(void)
     for (int i = 0; i < WORLDS; i++)
         printf("world %2d  %-16s %-6s %s\n", i, worlds[i].model, worlds[i].arch, worlds[i].settings);
     for (size_t i = 0; i < FAULTS; i++)
-        printf("fault %-24s %s%s\n", faults[i].plant.name, faults[i].text,
+        printf("fault %-20s %s%s\n", faults[i].plant.name, faults[i].text,
                faults[i].race ? " (a race)" : "");
 }
 
@@ -502,7 +565,7 @@ static void read_options(int argc, char **argv)
         case 'h': usage(stdout); exit(0);
         default: usage(stderr); exit(2);
         }
-    if (optind < argc || opt.seeds < 0 || opt.jobs < 1 || opt.world >= WORLDS) {
+    if (optind < argc || opt.jobs < 1 || opt.world >= WORLDS) {
         usage(stderr);
         exit(2);
     }
@@ -518,10 +581,9 @@ int main(int argc, char **argv)
     if (rt_device_open("host", 0, &d, &err))
         SKIP("%s", err.text);
     rt_device_close(d);
-    if (opt.faults)
-        failed = run_jobs(choose_faults(), fault_job);
-    else
-        failed = run_jobs(opt.world >= 0 ? 1 : WORLDS, world_job);
-    printf("%s: %d failed\n", opt.faults ? "faults" : "worlds", failed);
+    if (!opt.faults)
+        return run_storm() != 0;
+    failed = run_jobs(choose_faults(), fault_job);
+    printf("faults: %d failed\n", failed);
     return failed != 0;
 }

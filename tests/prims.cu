@@ -15,7 +15,10 @@ struct test_args {
 #ifdef TEST_HOST
 #define TEST(name)                                                                               \
     static void name(const test_args args);                                                      \
-    extern "C" void mkhost_##name(void **args) { name(*(const test_args *)args[0]); }            \
+    extern "C" {                                                                                 \
+    void mkhost_##name(void **args) { name(*(const test_args *)args[0]); }                       \
+    extern const u32 mkhost_##name##_bytes = sizeof(test_args);                                  \
+    }                                                                                            \
     static void name(const test_args args)
 #else
 #define TEST(name) extern "C" __global__ void name(const __grid_constant__ test_args args)

@@ -208,7 +208,8 @@ static void test_places(const char *params)
     const int first = lines_before(params, "MODEL_D|");
     char want[200];
 
-    fails("", MK_ECOMPILE, "templates/preamble.cu.m4:1: MODEL_NAME is not in params.m4");
+    fails("", MK_ECOMPILE,
+          "templates/host/language.cu.m4:1: bad expression in eval: PLAN_HOST");
     change_fails(params, "{|MODEL_D|}", "",
                  "templates/preamble.cu.m4:1: MODEL_D is not in params.m4");
     change_fails(params, "{|PLAN_FLASH_N|}", "",

@@ -1,7 +1,8 @@
 #!/bin/sh
 # The emitted source of toy models, byte for byte: each family, both forms of unrolling, the
-# primitives of each kind of architecture; and what must hold for all of it: clean text, the
-# same bytes twice, forms that differ only in how layers follow each other.
+# primitives of each kind of architecture, the emulated GPU's; and what must hold for all of it:
+# clean text, the same bytes twice, forms that differ only in how layers follow each other, kernels of
+# the emulated GPU that differ from a GPU's only in their primitives.
 # `make update-golden` (t-golden.sh update) rewrites the files in tests/golden; their
 # difference is part of a change's review.
 set -u
@@ -42,16 +43,23 @@ clean()
         { last = $0 } END { if (last == "") { print name ": ends with an empty line"; bad = 1 } exit bad }' \
         "$tmp/$1" || failed=1
     [ -z "$(tail -c 1 "$tmp/$1")" ] || fail "$1: no newline at the end"
-    head -n 1 "$tmp/$1" | grep -q '^// Kernels of toy-.* Written by mkgen ' || fail "$1: its first line"
+    case $1 in # a C++ compiler has to learn the words of CUDA first
+    *-host-*) sed '1,/^$/d; /^\/\/ Kernels of /,$!d' "$tmp/$1" ;;
+    *) cat "$tmp/$1" ;;
+    esac | head -n 1 | grep -q '^// Kernels of toy-.* Written by mkgen ' || fail "$1: its first line"
 }
 
-# golden MODEL GPU FORM
+# golden MODEL GPU FORM; GPU may be host-sm_XX
 golden()
 {
     name=$1-$2-$3.cu
-    ./mkgen -q --model "$srcdir/toy/$1" --gpu "$2" --set "unroll_layers=$3" -o "$tmp/$name" ||
+    case $2 in
+    host-*) gpu="--arch host --emulate ${2#host-}" ;;
+    *) gpu="--gpu $2" ;;
+    esac
+    ./mkgen -q --model "$srcdir/toy/$1" $gpu --set "unroll_layers=$3" -o "$tmp/$name" ||
         { fail "mkgen $name"; return; }
-    ./mkgen -q --model "$srcdir/toy/$1/config.json" --gpu "$2" --set "unroll_layers=$3" -o - |
+    ./mkgen -q --model "$srcdir/toy/$1/config.json" $gpu --set "unroll_layers=$3" -o - |
         cmp - "$tmp/$name" || fail "$name: not the same bytes twice"
     clean "$name"
     if [ "$mode" = update ]; then
@@ -71,6 +79,26 @@ without_layers()
         !skip { print } /^}/ { skip = 0 } END { exit n != 3 }' "$1" || fail "$1: where are its layers?"
 }
 
+# Without the primitives, and the three lines that say what C++ cannot say as CUDA does.
+without_primitives()
+{
+    awk '/^\/\/ ---- / { skip = /The words of CUDA|---- Primitives|Where libmkhost enters/ }
+        /^\/\/ Kernels of / { skip = 0 }
+        /^#define OFFSET\(|^#define [SG] \(|^extern __shared__ / { n++; next }
+        !skip { print } END { exit n != 3 }' "$1" || fail "$1: where does it touch hardware?"
+}
+
+# same_kernel MODEL ARCH FORM: the emulated GPU gets the kernel of the GPU
+same_kernel()
+{
+    for gpu in "" "--arch host --emulate"; do
+        ./mkgen -q --model "$srcdir/toy/$1" ${gpu:---arch} "$2" --set ctas=4 --set "unroll_layers=$3" \
+            -o "$tmp/kernel.cu" || fail "mkgen $1 $gpu $2"
+        without_primitives "$tmp/kernel.cu" >"$tmp/kernel${gpu:+-host}"
+    done
+    diff "$tmp/kernel" "$tmp/kernel-host" || fail "$1 $2 $3: the host's kernel is not the GPU's"
+}
+
 [ "$mode" = check ] || mkdir -p "$golden"
 golden toy-qwen3 h200 list
 golden toy-qwen3 h200 loop
@@ -78,6 +106,7 @@ golden toy-qwen3-e128 b200 list
 golden toy-qwen2 a100 list
 golden toy-llama t4 loop
 golden toy-smol rtx4090 list
+golden toy-qwen3 host-sm_90 list
 
 for form in list loop; do
     without_layers "$tmp/toy-qwen3-h200-$form.cu" >"$tmp/$form"
@@ -85,6 +114,12 @@ done
 diff "$tmp/list" "$tmp/loop" || fail "the list and the loop differ in more than their layers"
 [ "$(grep -c '// layer 0[012]$' "$tmp/toy-qwen3-h200-list.cu")" = 9 ] || fail "the list does not name 3 x 3 layers"
 [ "$(grep -c 'for (int layer = 0; layer < L' "$tmp/toy-qwen3-h200-loop.cu")" = 3 ] || fail "the loop is not there 3 times"
+
+same_kernel toy-qwen3 sm_75 list
+same_kernel toy-qwen2 sm_80 loop
+same_kernel toy-llama sm_90 list
+same_kernel toy-smol sm_100 loop
+same_kernel toy-qwen3-e128 sm_120 list
 
 # A golden that no line above writes.
 for file in "$golden"/*; do

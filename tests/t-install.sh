@@ -29,6 +29,11 @@ for file in lib/libmk.so lib/libmk.a lib/pkgconfig/mkgen.pc include/mk.h \
     share/mkgen/models/qwen3-0.6b/config.json share/mkgen/models/demo/model.safetensors; do
     [ -e "$prefix/$file" ] || fail "$file is not installed"
 done
+if [ -e libmkhost.la ]; then # built where Boost.Context is
+    host=$(find "$dest" -name libmkhost.so)
+    [ "$host" = "$lib/mkgen/libmkhost.so" ] || fail "libmkhost.so is installed in '$host'"
+    [ "$(find "$dest" -name 'libmkhost*' | wc -l)" -le 2 ] || fail "libmkhost has more than one file"
+fi
 [ "$(find "$dest" -name '*.h' | wc -l)" = 1 ] || fail "headers other than mk.h are installed"
 
 nm -D --defined-only "$lib/libmk.so" | awk '$2 != "A" { print $NF }' | sed 's/@.*//' >"$tmp/symbols"
@@ -81,9 +86,15 @@ export MK_MODELS_DIR
 (cd "$tmp" && "$bin/mkgen" --list-models | grep -q '^qwen3-0.6b ') ||
     fail "the installed mkgen does not know qwen3-0.6b"
 
+demo=$MK_MODELS_DIR/demo
+if [ -e libmkhost.la ] && have c++ && have m4; then
+    (cd "$tmp" && unset MK_HOST_DRIVER && MK_CACHE_DIR=$tmp/host-cache "$bin/mkrun" "$demo" \
+        --device host --set ctas=2 -p It -n 1) >"$tmp/host.out" 2>"$tmp/host.err" ||
+        fail "the installed mkrun does not run on the emulated GPU: $(cat "$tmp/host.err")"
+fi
+
 # ---- An application, built as a user would ----
 
-demo=$MK_MODELS_DIR/demo
 flags=$(PKG_CONFIG_PATH=$lib/pkgconfig pkg-config --define-variable=prefix="$prefix" \
     --cflags --libs mkgen)
 $CC -Wall -Wextra -Werror $SAN_CFLAGS "$srcdir/example/example.c" $flags -o "$tmp/example" ||

@@ -11,15 +11,15 @@ static const uint32_t MAGIC = 0x6d626172; /* upper half of an mbarrier's word; t
 
 void mbarrier_free(struct cta *cta)
 {
+    wgmma_free(cta);
     free(cta->mbarriers);
     cta->mbarriers = NULL;
     cta->n_mbarriers = 0;
     cta->copies = 0;
 }
 
-static struct mbarrier *find_mbarrier(struct lane *l, uint64_t *word)
+struct mbarrier *find_mbarrier(struct cta *cta, uint64_t *word)
 {
-    struct cta *cta = l->warp->cta;
     const uint64_t v = *word;
 
     if (v >> 32 != MAGIC || (uint32_t) v >= (uint32_t) cta->n_mbarriers ||
@@ -30,21 +30,22 @@ static struct mbarrier *find_mbarrier(struct lane *l, uint64_t *word)
     return &cta->mbarriers[(uint32_t) v];
 }
 
-static void end_phase(struct mbarrier *b)
+static void end_phase(const struct cta *cta, struct mbarrier *b)
 {
     if (b->pending || b->bytes)
         return;
     b->phase++;
+    b->generation = cta->generation;
     b->pending = b->expected;
     changed(b->word);
 }
 
-static void arrive(struct mbarrier *b)
+static void arrive(const struct cta *cta, struct mbarrier *b)
 {
     if (!b->pending)
         misuse("one arrival too many at the mbarrier %p", (void *) b->word);
     b->pending--;
-    end_phase(b);
+    end_phase(cta, b);
 }
 
 void mkhost_mbarrier_init(uint64_t *word, uint32_t count)
@@ -67,36 +68,51 @@ void mkhost_mbarrier_init(uint64_t *word, uint32_t count)
 void mkhost_mbarrier_arrive(uint64_t *word, uint32_t expect)
 {
     struct lane *l = ENTER("mbarrier.arrive", word);
-    struct mbarrier *b = find_mbarrier(l, word);
+    struct mbarrier *b = find_mbarrier(l->warp->cta, word);
+    uint32_t phase;
 
     progress(l);
     if (expect >= 1 << 20)
         misuse("mbarrier.arrive.expect_tx of %u bytes", expect);
     release(&b->clock[b->phase & 1]);
     b->bytes += expect;
-    arrive(b);
+    phase = b->phase;
+    arrive(l->warp->cta, b);
+    if (b->phase != phase) { /* this lane ended it */
+        l->passed = b;
+        l->passed_phase = b->phase;
+    }
+}
+
+/* What L has seen, or what was so before its last barrier, is no news. */
+static int is_known(const struct lane *l, const struct mbarrier *b)
+{
+    return !b->phase || b->generation < l->warp->generation ||
+           (l->passed == b && l->passed_phase == b->phase);
 }
 
 /* test_wait and try_wait: did the phase of PARITY end?  Both may say so late. */
 _Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
 {
     struct lane *l = ENTER("mbarrier.test_wait", word);
-    struct mbarrier *b = find_mbarrier(l, word);
+    struct mbarrier *b = find_mbarrier(l->warp->cta, word);
 
-    if ((b->phase & 1) == (parity & 1)) {
-        polled(l, word);
-        b = find_mbarrier(l, word);
-    }
+    polled(l, word); /* also when it ended: who asks for it may wait for something else */
+    b = find_mbarrier(l->warp->cta, word);
     if ((b->phase & 1) == (parity & 1))
         return 0;
-    progress(l);
-    if (machine.seed && machine_random(16) == 0)
+    if (machine.seed && !is_known(l, b) && machine_random(16) == 0) {
+        l->polls = 0; /* nothing will change: it must ask again */
         return 0;
+    }
+    l->passed = b;
+    l->passed_phase = b->phase;
     acquire(&b->clock[(b->phase - 1) & 1]);
     return 1;
 }
 
-/* fence.proxy.async (9.7.13.5): the engine sees the mbarriers that this thread made. */
+/* fence.proxy.async (9.7.13.5): the engine sees the mbarriers that this thread made, and wgmma what was
+   written. */
 void mkhost_fence_async_proxy(void)
 {
     struct lane *l = ENTER("fence.proxy.async", NULL);
@@ -105,6 +121,7 @@ void mkhost_fence_async_proxy(void)
     for (int i = 0; i < cta->n_mbarriers; i++)
         if (cta->mbarriers[i].maker == l)
             cta->mbarriers[i].fenced = 1;
+    proxy_fence(cta);
 }
 
 /* ---- The copy engine: cp.async.bulk (9.7.9.25.5) -------------------------- */
@@ -123,26 +140,18 @@ static void check_bulk(const struct cta *cta, const char *dst, const char *src, 
         misuse("cp.async.bulk of %u bytes to %p: outside shared memory", bytes, (const void *) dst);
     if (__asan_region_is_poisoned && __asan_region_is_poisoned((void *) src, bytes))
         misuse("cp.async.bulk of %u bytes from %p: outside every buffer", bytes, (const void *) src);
-    for (int i = 0; i < machine.n_bulks; i++)
-        if (overlap(machine.bulks[i].dst, machine.bulks[i].bytes, dst, bytes))
-            misuse("cp.async.bulk to %p, where another copy is on its way", (const void *) dst);
 }
 
 /* From now on the destination may be anything, and to write it is the engine's. */
-void mkhost_copy_bulk(void *dst, const void *src, uint32_t bytes, uint64_t *word)
+void start_bulk(struct bulk c)
 {
-    struct lane *l = ENTER("cp.async.bulk", dst);
-    struct cta *cta = l->warp->cta;
-    struct mbarrier *b = find_mbarrier(l, word);
-
-    progress(l);
-    check_bulk(cta, dst, src, bytes);
-    if (!b->fenced)
-        misuse("cp.async.bulk with an mbarrier that no fence.proxy.async followed");
+    for (int i = 0; i < machine.n_bulks; i++)
+        if (overlap(machine.bulks[i].dst, machine.bulks[i].bytes, c.dst, c.bytes))
+            misuse("%s to %p, where another copy is on its way", machine.now->doing, (const void *) c.dst);
     if (__tsan_write_range)
-        __tsan_write_range(dst, bytes);
-    release(&b->clock[b->phase & 1]);
-    memset(dst, 0xff, bytes);
+        __tsan_write_range(c.dst, c.bytes);
+    release(&c.bar->clock[c.bar->phase & 1]);
+    memset(c.dst, 0xff, c.bytes);
     if (machine.n_bulks == machine.room_bulks) {
         const int room = machine.room_bulks * 2 + 16;
         struct bulk *more = realloc(machine.bulks, (size_t) room * sizeof *more);
@@ -151,9 +160,22 @@ void mkhost_copy_bulk(void *dst, const void *src, uint32_t bytes, uint64_t *word
         machine.bulks = more;
         machine.room_bulks = room;
     }
-    machine.bulks[machine.n_bulks++] = (struct bulk) {cta, dst, src, bytes, b};
+    machine.bulks[machine.n_bulks++] = c;
     machine.n_late++;
-    cta->copies++;
+    c.cta->copies++;
+}
+
+void mkhost_copy_bulk(void *dst, const void *src, uint32_t bytes, uint64_t *word)
+{
+    struct lane *l = ENTER("cp.async.bulk", dst);
+    struct cta *cta = l->warp->cta;
+    struct mbarrier *b = find_mbarrier(cta, word);
+
+    progress(l);
+    check_bulk(cta, dst, src, bytes);
+    if (!b->fenced)
+        misuse("cp.async.bulk with an mbarrier that no fence.proxy.async followed");
+    start_bulk((struct bulk) {.cta = cta, .dst = dst, .src = src, .bytes = bytes, .bar = b});
 }
 
 /* A part of copy I lands. */
@@ -163,12 +185,18 @@ static void land_bulk(int i)
     const uint32_t most = machine.seed ? 16 * (1 + (uint32_t) machine_random(c->bytes / 16)) : c->bytes;
     const uint32_t bytes = machine.seed && machine_random(2) ? most : c->bytes;
 
-    memcpy(c->dst, c->src, bytes);
+    if (!c->src) {
+        memcpy(c->dst, c->value, bytes);
+    } else {
+        memcpy(c->dst, c->src, bytes);
+        if (c->cta->proxied)
+            memcpy(c->cta->proxied + (c->dst - c->cta->shared), c->src, bytes);
+        c->src += bytes;
+    }
     c->dst += bytes;
-    c->src += bytes;
     c->bytes -= bytes;
     c->bar->bytes -= bytes;
-    end_phase(c->bar);
+    end_phase(c->cta, c->bar);
     if (c->bytes)
         return;
     c->cta->copies--;
@@ -219,7 +247,11 @@ static void land_lane_copy(struct lane *l, int i)
         l->busy = 0;
     }
     if (c.bar) {
-        arrive(&l->warp->cta->mbarriers[(uint32_t) *c.bar]);
+        struct mbarrier *b = &l->warp->cta->mbarriers[(uint32_t) *c.bar];
+        if (b->pending)
+            arrive(l->warp->cta, b);
+        else /* not misuse(): it may be the host that goes on here */
+            fail_launch("one arrival too many at an mbarrier of CTA %d", l->warp->cta->index);
         return;
     }
     memcpy(c.dst, c.src, c.bytes);
@@ -265,7 +297,7 @@ void mkhost_copy_wait(uint32_t groups)
 void mkhost_copy_arrive(uint64_t *word)
 {
     struct lane *l = ENTER("cp.async.mbarrier.arrive", word);
-    struct mbarrier *b = find_mbarrier(l, word);
+    struct mbarrier *b = find_mbarrier(l->warp->cta, word);
 
     release(&b->clock[b->phase & 1]);
     add_lane_copy(l, (struct lane_copy) {.bar = word, .group = l->group});
@@ -275,10 +307,15 @@ void mkhost_copy_arrive(uint64_t *word)
 
 void land_some(void)
 {
-    const int at = (int) machine_random((uint64_t) (machine.n_bulks + machine.n_busy));
+    const int kinds = machine.n_bulks + machine.n_busy + machine.n_products;
+    const int at = (int) machine_random((uint64_t) kinds);
 
     if (at < machine.n_bulks) {
         land_bulk(at);
+        return;
+    }
+    if (at >= machine.n_bulks + machine.n_busy) {
+        multiply_some();
         return;
     }
     for (int burst = (int) machine_random(32); burst >= 0 && machine.n_busy; burst--) {

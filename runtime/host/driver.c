@@ -6,10 +6,10 @@
 
 #include <dlfcn.h>
 #include <elf.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "gen/gpu.h"
@@ -24,19 +24,23 @@ enum { /* CUresult */
     LAUNCH_FAILED = 719
 };
 enum { SLICE = 1500 }; /* decisions of the scheduler between two looks of the host */
-enum { VERSION = 13000, SMS = 4 };
+enum { VERSION = 13000, SMS = 4, MOST_CLUSTER = 16 };
 static const size_t MEMORY = (size_t) 16 << 30;
 
 typedef uint64_t device_pointer;
 
 struct module {
     void *library;
+    int fd;                     /* of its image; debuggers and addr2line read it by PATH */
     char path[64];
+    struct function *functions; /* a list */
 };
 
 struct function {
+    struct function *next;
     void (*entry)(void **);
-    unsigned bytes; /* of its one argument, a struct */
+    unsigned bytes;   /* of its one argument, a struct */
+    unsigned cluster; /* CTAs of a cluster */
     char name[64];
 };
 
@@ -47,6 +51,7 @@ struct event {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t seed, started, ended;
+static uint64_t sown; /* launches started before the seed was given */
 static int broken; /* a launch failed: nothing works any more, as on a GPU */
 static void *arguments[1];
 static char argument_bytes[4096];
@@ -74,11 +79,13 @@ static int finish(void)
     return rc;
 }
 
-static int launch(struct function *f, unsigned grid, unsigned block, unsigned smem, int resident, void **params)
+/* Clusters are all there at once: as many CTAs as the grid has. */
+static int launch(struct function *f, unsigned grid, unsigned block, unsigned smem, unsigned resident,
+                  unsigned cluster, void **params)
 {
     int rc;
 
-    if (!grid || !block || block > 1024)
+    if (!grid || !block || block > 1024 || cluster < 1 || cluster > MOST_CLUSTER || grid % cluster)
         return INVALID_VALUE;
     rc = finish();
     if (rc)
@@ -86,8 +93,9 @@ static int launch(struct function *f, unsigned grid, unsigned block, unsigned sm
     pthread_mutex_lock(&lock);
     memcpy(argument_bytes, params[0], f->bytes);
     arguments[0] = argument_bytes;
-    machine.seed = seed ? seed + started * 0x9E3779B97F4A7C15ull : 0;
-    if (machine_launch(f->name, f->entry, arguments, grid, block, smem, (unsigned) resident))
+    machine.seed = seed ? seed + (started - sown) * 0x9E3779B97F4A7C15ull : 0;
+    machine.cluster = cluster;
+    if (machine_launch(f->name, f->entry, arguments, grid, block, smem, cluster > 1 ? grid : resident))
         rc = OUT_OF_MEMORY;
     else
         started++;
@@ -99,14 +107,46 @@ int cuLaunchCooperativeKernel(struct function *f, unsigned gx, unsigned gy, unsi
                               unsigned bz, unsigned smem, void *stream, void **params)
 {
     (void) gy, (void) gz, (void) by, (void) bz, (void) stream;
-    return launch(f, gx, bx, smem, (int) gx, params);
+    return launch(f, gx, bx, smem, gx, f->cluster, params);
 }
 
 int cuLaunchKernel(struct function *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                    unsigned bz, unsigned smem, void *stream, void **params, void **extra)
 {
     (void) gy, (void) gz, (void) by, (void) bz, (void) stream, (void) extra;
-    return launch(f, gx, bx, smem, SMS, params);
+    return launch(f, gx, bx, smem, SMS, f->cluster, params);
+}
+
+struct config { /* CUlaunchConfig */
+    unsigned grid[3], block[3], smem;
+    void *stream;
+    const struct {
+        unsigned id;
+        union {
+            unsigned dims[3];
+            char bytes[64];
+        } value __attribute__((aligned(8)));
+    } *attributes;
+    unsigned n_attributes;
+};
+
+/* The attribute and the kernel itself may both say how large its clusters are. */
+int cuLaunchKernelEx(const struct config *c, struct function *f, void **params, void **extra)
+{
+    enum { COOPERATIVE = 2, CLUSTER_DIMENSION = 4 };
+    unsigned cluster = f->cluster, resident = SMS;
+
+    (void) extra;
+    for (unsigned i = 0; i < c->n_attributes; i++) {
+        const unsigned x = c->attributes[i].value.dims[0];
+        if (c->attributes[i].id == COOPERATIVE && x)
+            resident = c->grid[0];
+        if (c->attributes[i].id == CLUSTER_DIMENSION && f->cluster > 1 && x != f->cluster)
+            return INVALID_VALUE;
+        if (c->attributes[i].id == CLUSTER_DIMENSION)
+            cluster = x;
+    }
+    return launch(f, c->grid[0], c->block[0], c->smem, resident, cluster, params);
 }
 
 int cuStreamSynchronize(void *stream)
@@ -170,34 +210,37 @@ static size_t image_bytes(const void *image)
     return h->e_shoff + (size_t) h->e_shentsize * h->e_shnum;
 }
 
-/* A file of its own while it is loaded: debuggers and addr2line read it. */
-int cuModuleLoadData(struct module **out, const void *image)
+/* Write the image into memory that has a path: /proc/PID/fd/N, for other programs too. */
+static int make_file(struct module *m, const void *image)
 {
-    struct module *m = calloc(1, sizeof *m);
     size_t left = image_bytes(image);
     const char *at = image;
-    int fd;
 
-    *out = NULL;
-    if (!m)
-        return OUT_OF_MEMORY;
-    strcpy(m->path, "/tmp/mkhost-XXXXXX");
-    fd = mkostemp(m->path, O_CLOEXEC);
-    while (fd >= 0 && left) {
-        ssize_t n = write(fd, at, left);
+    m->fd = memfd_create("mkhost", MFD_CLOEXEC);
+    while (m->fd >= 0 && left) {
+        ssize_t n = write(m->fd, at, left);
         if (n <= 0)
             break;
         at += n;
         left -= (size_t) n;
     }
-    if (fd >= 0)
-        close(fd);
-    if (fd >= 0 && !left)
+    snprintf(m->path, sizeof m->path, "/proc/%d/fd/%d", (int) getpid(), m->fd);
+    return left ? -1 : 0;
+}
+
+int cuModuleLoadData(struct module **out, const void *image)
+{
+    struct module *m = calloc(1, sizeof *m);
+
+    *out = NULL;
+    if (!m)
+        return OUT_OF_MEMORY;
+    if (make_file(m, image) == 0)
         m->library = dlopen(m->path, RTLD_NOW | RTLD_LOCAL);
     if (!m->library) {
-        snprintf(first_line, sizeof first_line, "%s", left ? "cannot write to /tmp" : dlerror());
-        if (fd >= 0)
-            unlink(m->path);
+        snprintf(first_line, sizeof first_line, "%s", m->fd < 0 ? "no memory for a file" : dlerror());
+        if (m->fd >= 0)
+            close(m->fd);
         free(m);
         return INVALID_IMAGE;
     }
@@ -209,32 +252,42 @@ int cuModuleUnload(struct module *m)
 {
     finish();
     dlclose(m->library);
-    unlink(m->path);
+    close(m->fd);
+    for (struct function *f = m->functions, *next; f; f = next) {
+        next = f->next;
+        free(f);
+    }
     free(m);
     return DONE;
 }
 
-/* Kept for ever: there are few, and a module has no list of them. */
-int cuModuleGetFunction(struct function **out, struct module *m, const char *name)
+/* What the kernel's file says about NAME; templates/host/entry.cu.m4. */
+static const void *symbol_of(const struct module *m, const char *name, const char *suffix)
 {
     char symbol[96];
-    struct function *f = calloc(1, sizeof *f);
-    const unsigned *bytes;
+
+    snprintf(symbol, sizeof symbol, "mkhost_%.64s%s", name, suffix);
+    return dlsym(m->library, symbol);
+}
+
+int cuModuleGetFunction(struct function **out, struct module *m, const char *name)
+{
+    const void *entry = symbol_of(m, name, "");
+    const unsigned *bytes = symbol_of(m, name, "_bytes"), *cluster = symbol_of(m, name, "_cluster");
+    struct function *f;
 
     *out = NULL;
+    if (!entry || !bytes || *bytes > sizeof argument_bytes)
+        return NOT_FOUND;
+    f = calloc(1, sizeof *f);
     if (!f)
         return OUT_OF_MEMORY;
-    snprintf(symbol, sizeof symbol - 8, "mkhost_%s", name);
-    *(void **) &f->entry = dlsym(m->library, symbol);
-    strcat(symbol, "_bytes");
-    bytes = dlsym(m->library, symbol);
-    if (!f->entry || !bytes || *bytes > sizeof argument_bytes) {
-        free(f);
-        return NOT_FOUND;
-    }
+    memcpy(&f->entry, &entry, sizeof entry);
     f->bytes = *bytes;
+    f->cluster = cluster ? *cluster : 1;
     snprintf(f->name, sizeof f->name, "%s", name);
-    *out = f;
+    f->next = m->functions;
+    *out = m->functions = f;
     return DONE;
 }
 
@@ -453,6 +506,7 @@ void mkhost_seed(uint64_t value)
 {
     seed = value;
     started = ended;
+    sown = started;
 }
 
 const char *mkhost_report(void)

@@ -8,9 +8,11 @@ struct machine machine;
 EXPORT struct mkhost_lane *mkhost_now;
 
 enum {
+    ROUNDS = 16,           /* polls of the longest wait, twice; some ask for one word more than once */
     STALL_POLLS = 4200,    /* more polls of all when nothing goes on: the kernel's watchdog looks at every
                               4096th */
     STALLS = 4,            /* then it is a deadlock */
+    LIVELOCK = 30000000,   /* steps in which no word changes */
     STALL_NS = 1000000000, /* that the clock gains when nothing goes on */
     STEP_NS = 20
 };
@@ -31,11 +33,13 @@ uint64_t machine_random(uint64_t below)
 static void draw_temper(void)
 {
     static const int quanta[] = {1, 4, 16, 64, 256};
-    static const unsigned rates[] = {1024, 512, 128, 24, 4}, redraws[] = {0, 40, 400, 4000};
+    static const unsigned rates[] = {1024, 512, 128, 24, 4, 1}, redraws[] = {0, 40, 400, 4000};
 
     machine.rng = machine.seed * 0xD1342543DE82EF95ull + 1;
     machine.quantum_most = machine.seed ? quanta[machine_random(5)] : 400;
-    machine.late_rate = machine.seed ? rates[machine_random(5)] : 1024;
+    machine.late_rate = machine.seed ? rates[machine_random(6)] : 1024;
+    machine.lazy = machine.seed && machine_random(3) == 0;
+    machine.slow_copies = machine.seed && machine_random(4) == 0;
     machine.redraw = machine.seed ? redraws[machine_random(4)] : 0;
 }
 
@@ -69,7 +73,8 @@ static void start_lane(struct warp *w, int i)
     l->patience = 0;
     progress(l);
     l->n_seen = l->fenced = 0;
-    l->n_copies = l->busy = 0;
+    l->n_copies = l->busy = l->in_cluster = 0;
+    l->passed = NULL;
     l->group = 0;
     fiber_start(&l->fiber, run_lane);
 }
@@ -84,6 +89,7 @@ static int start_cta(struct cta *c)
         return -1;
     memset(c->shared, 0xff, (machine.smem + 2047) / 1024 * 1024);
     memset(c->barriers, 0, sizeof c->barriers);
+    memset(&c->cluster, 0, sizeof c->cluster);
     c->generation = 0;
     c->live = (int) machine.block;
     for (int i = 0; i < c->n_warps; i++) {
@@ -112,6 +118,7 @@ static void free_cta(struct cta *c)
         mbarrier_free(c);
         free(c->shared);
         free(c->pending);
+        free(c->stale);
         free(c->warps);
     }
     free(c);
@@ -194,11 +201,12 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
     machine.args = args;
     machine.n_late = machine.n_bulks = machine.n_busy = 0;
     machine.stalls = machine.failed = 0;
+    machine.steps = machine.calm = 0; /* a seed's schedule does not depend on what ran before */
     machine.ended = NULL;
+    machine.changed_at = machine.steps;
     machine.quantum = 1;
     free(machine.report);
-    free(machine.stuck);
-    machine.report = machine.stuck = NULL;
+    machine.report = NULL;
     draw_temper();
     draw_weights();
     machine.running = 1;
@@ -210,7 +218,7 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
 static void clean_up(void)
 {
     for (unsigned i = 0; i < machine.resident; i++) {
-        machine.ctas[i]->n_pending = 0;
+        machine.ctas[i]->n_pending = machine.ctas[i]->n_stale = 0;
         mbarrier_free(machine.ctas[i]);
     }
     machine.running = 0;
@@ -247,18 +255,21 @@ static void run_lane(void)
     acquire(&machine.running);
     machine.entry(machine.args);
     release(&machine.gone);
-    l->doing = "gone";
-    l->about = NULL;
+    l->doing = "its end";
+    l->frame = l->about = NULL;
     if (l->warp->met)
         misuse("a lane ends while others of its warp wait for it at %s", l->warp->meeting);
     if (l->n_copies)
         misuse("a thread ends with cp.asyncs on their way");
+    wgmma_leave(l);
     set_state(l, GONE);
     l->warp->live--;
-    if (--c->live == 0) {
+    c->live--;
+    cluster_leave(l);
+    if (c->live == 0) {
         if (c->copies)
             misuse("a CTA ends with %d copies on their way into its shared memory", c->copies);
-        commit_all(c);
+        settle_all(c);
         mbarrier_free(c);
         machine.gone++;
         if (machine.next < machine.grid)
@@ -323,12 +334,10 @@ static struct warp *choose_warp(void)
 /* The same without chance: round and round. */
 static struct warp *next_warp(void)
 {
-    static int at;
-
     for (int i = 0; i < machine.n_warps; i++) {
-        at = (at + 1) % machine.n_warps;
-        if (machine.warps[at]->ready)
-            return machine.warps[at];
+        machine.calm = (machine.calm + 1) % (unsigned) machine.n_warps;
+        if (machine.warps[machine.calm]->ready)
+            return machine.warps[machine.calm];
     }
     return NULL;
 }
@@ -337,14 +346,9 @@ static struct warp *next_warp(void)
    for the kernel's own watchdog; then it is a deadlock. */
 static void stalled(void)
 {
-    if (machine.stalls && machine.changes != machine.stalled_at) {
+    if (machine.changes != machine.stalled_at)
         machine.stalls = 0; /* it was only slow */
-        free(machine.stuck);
-        machine.stuck = NULL;
-    }
     machine.stalled_at = machine.changes;
-    if (!machine.stuck)
-        machine.stuck = report_waiting();
     if (++machine.stalls > STALLS) {
         fail_launch("deadlock");
         return;
@@ -360,21 +364,27 @@ static void stalled(void)
         }
 }
 
-/* One thing that is late happens: a store is seen, a copy lands. */
-static void happen(void)
+static int settle_any(int weak_too)
 {
-    unsigned stores = 0;
+    const unsigned from = (unsigned) machine_random(machine.resident);
 
     for (unsigned i = 0; i < machine.resident; i++)
-        stores += (unsigned) machine.ctas[i]->n_pending;
-    if (stores && machine_random((uint64_t) machine.n_late) < stores) {
-        unsigned at = (unsigned) machine_random(machine.resident);
-        while (!machine.ctas[at]->n_pending)
-            at = (at + 1) % machine.resident;
-        commit_some(machine.ctas[at]);
-    } else {
+        if (settle_some(machine.ctas[(from + i) % machine.resident], weak_too))
+            return 1;
+    return 0;
+}
+
+/* One thing that is late happens: a store is seen, a copy lands.  IDLE: no lane can go on without. */
+static void happen(int idle)
+{
+    const int landing = machine.n_bulks + machine.n_busy + machine.n_products;
+
+    if ((!landing || machine_random((uint64_t) machine.n_late) >= (uint64_t) landing) && settle_any(!machine.lazy))
+        return;
+    if (landing && (idle || !machine.slow_copies))
         land_some();
-    }
+    else if (idle)
+        settle_any(1);
 }
 
 void reschedule(void)
@@ -392,18 +402,23 @@ void reschedule(void)
             switch_to(&machine.host);
             return;
         }
+        if (machine.steps - machine.changed_at > LIVELOCK && !machine.failed) {
+            machine.stalls = 1;
+            fail_launch("no word changes any more");
+            continue;
+        }
         if (machine.redraw && machine.steps % machine.redraw == 0)
             draw_weights();
         if (!machine.seed)
             while (machine.n_late)
-                happen();
+                happen(1);
         else if (machine.n_late && machine_random(1024) < machine.late_rate)
-            happen();
+            happen(0);
         machine.quantum = machine.seed ? 1 + (int) machine_random((uint64_t) machine.quantum_most)
                                        : machine.quantum_most;
         w = machine.seed ? choose_warp() : next_warp();
         if (!w && machine.n_late) {
-            happen();
+            happen(1);
             continue;
         }
         if (!w) {
@@ -421,12 +436,14 @@ void reschedule(void)
 
 /* ---- Polling -------------------------------------------------------------- */
 
+/* Only the part of an address that is the same in every run. */
 static uint64_t hash_bit(const void *p)
 {
-    return 1ull << ((uintptr_t) p / 16 * 0x9E3779B97F4A7C15ull >> 58);
+    return 1ull << ((uintptr_t) p % 4096 / 16 * 0x9E3779B97F4A7C15ull >> 58);
 }
 
-/* Parked is who has read all it asks for once more, and nothing was new. */
+/* Parked is who has read all it asks for once more, from wherever it was in its round, and nothing was
+   new. */
 void polled(struct lane *l, const void *p)
 {
     const uint64_t bit = hash_bit(p);
@@ -443,7 +460,7 @@ void polled(struct lane *l, const void *p)
         l->polls = 0;
         return;
     }
-    if (++l->polls <= l->n_asked + l->patience)
+    if (++l->polls <= ROUNDS + l->patience)
         return;
     set_state(l, PARKED);
     reschedule();
@@ -456,6 +473,7 @@ void changed(const void *p)
     const uint64_t bit = hash_bit(p);
 
     machine.changes++;
+    machine.changed_at = machine.steps;
     for (int i = 0; i < machine.n_warps; i++) {
         struct warp *w = machine.warps[i];
         if (!(w->watched & bit))

@@ -3,6 +3,7 @@
    the memory model lets happen late happens late: copies, and stores that nothing ordered.
      machine.c  launch, scheduler          memory.c  stores, loads, fences, each CTA's view
      warp.c     collectives, barriers      copy.c    mbarriers, copy engine, cp.async
+     cluster.c  CTAs that reach each other's shared memory       wgmma.c   products of warpgroups
      report.c   what a stuck or misused machine says
      fiber.c    stacks and switches        driver.c  the CUDA driver API on top
    Numbers like 9.7.13.15 are sections of the PTX ISA manual, version 9.2. */
@@ -64,14 +65,21 @@ struct lane {
     const void *asked[MOST_ASKED];
     int n_asked, polls, patience;
     uint64_t watched;
+    uint32_t flag; /* what it is about to write over */
     /* fences, for ThreadSanitizer: what was read before one, what was written before one */
     const void *seen[MOST_SEEN];
     int n_seen, fenced;
     void *courier;
+    /* the mbarrier whose phase this lane knows to have ended, and that phase's number + 1 */
+    const void *passed;
+    uint32_t passed_phase;
     /* cp.async */
     struct lane_copy *copies;
     int n_copies, room_copies, busy; /* busy: place in machine.busy + 1 */
     uint32_t group;
+    /* has arrived at the barrier of its cluster, in this phase, and not waited yet */
+    int in_cluster;
+    uint64_t cluster_phase;
 };
 
 struct warp {
@@ -85,6 +93,7 @@ struct warp {
     unsigned weight;            /* of the scheduler's choice */
     uint64_t syncs, generation; /* __syncwarps passed; cta->generation at its last barrier */
     char sync_clock[2];         /* what ThreadSanitizer is told */
+    struct wgmmas *wgmmas;      /* NULL before its first wgmma.fence */
 };
 
 struct barrier {
@@ -96,6 +105,7 @@ struct barrier {
 struct pending { /* a store that other CTAs do not see yet */
     char *address;
     uint32_t bytes;
+    int strong;
     const struct lane *lane;
     uint64_t syncs, generation;
     char other[16]; /* what they see; while another CTA's view is on: what this one sees */
@@ -105,8 +115,10 @@ struct mbarrier {
     uint64_t *word; /* where it lies in shared memory */
     uint32_t expected, pending, phase;
     int64_t bytes;
+    uint64_t generation; /* of the CTA's barriers, when the last phase ended */
     const struct lane *maker;
     int fenced; /* the copy engine may come to it */
+    int shown;  /* and other CTAs of the cluster may, after their barrier */
     char clock[2];
 };
 
@@ -117,19 +129,22 @@ struct cta {
     struct warp *warps;
     struct barrier barriers[BARRIERS];
     uint64_t generation; /* barriers passed, of all ids */
-    struct pending *pending;
-    int n_pending;
+    struct pending *pending, *stale; /* stale: what others wrote and this one does not see yet */
+    int n_pending, n_stale;
     struct mbarrier *mbarriers;
     int n_mbarriers;
     int copies; /* of the engine, on their way into its shared memory */
+    char *proxied; /* shared memory as the async proxy is sure to see it; NULL: not at all */
+    struct barrier cluster; /* in the CTA of rank 0: that of the cluster */
 };
 
-struct bulk { /* a copy of the engine */
+struct bulk { /* a copy of the engine, or a push from another CTA */
     struct cta *cta;
     char *dst;
-    const char *src;
+    const char *src; /* NULL: a push of VALUE */
     uint32_t bytes;
     struct mbarrier *bar;
+    uint32_t value[4];
 };
 
 struct machine {
@@ -142,6 +157,7 @@ struct machine {
     const char *name;
     unsigned grid, block, smem;
     unsigned resident; /* CTAs at once */
+    unsigned cluster;  /* CTAs of a cluster; of the next launch, before it */
     unsigned next, gone; /* CTAs started; ended */
     struct cta **ctas, *ended; /* ended: to be started again */
     struct warp **warps;
@@ -151,18 +167,22 @@ struct machine {
     int quantum, quantum_most;
     unsigned late_rate; /* of 1024: how often what is late happens */
     unsigned redraw;    /* steps between new weights; 0: all the same */
+    int lazy;           /* weak stores are seen when a fence says so, or nothing else can go on */
+    int slow_copies;    /* copies land when nothing else can go on */
+    unsigned calm;      /* of the calm schedule: the warp at work */
     int64_t slice;
-    uint64_t steps, changes, clock_ns;
-    int n_late; /* pending stores and copies */
+    uint64_t steps, changes, changed_at, clock_ns;
+    int n_late; /* pending and stale stores, copies */
     struct bulk *bulks;
     int n_bulks, room_bulks;
     struct lane **busy; /* lanes with cp.asyncs on their way */
     int n_busy, room_busy;
+    int n_products; /* of all warps, not yet made */
     /* the end of it */
     int stalls;
     uint64_t stalled_at; /* changes then */
     int failed;
-    char *stuck, *report;
+    char *report;
 };
 extern struct machine machine;
 
@@ -213,12 +233,46 @@ static inline void progress(struct lane *l)
 
 /* ---- memory.c ---- */
 void show_view(struct cta *cta);
-void commit_some(struct cta *cta);
-void commit_all(struct cta *cta);
+/* One store, of CTA or that CTA does not see yet, is seen: 1, or 0 when there is none (but for weak ones);
+   all of them are. */
+int settle_some(struct cta *cta, int weak_too);
+void settle_all(struct cta *cta);
+
+/* Stores that the fence of lane L orders are seen by all. */
+void commit_before(struct lane *l);
+
+/* ---- warp.c ---- */
+/* Lane L comes to a collective of its warp with ARGS.  True in the lane that comes last, which does the
+   work for all and then calls part(). */
+int meet(struct lane *l, const char *name, void *args);
+void part(struct warp *w);
 
 /* ---- copy.c ---- */
 void land_some(void);
 void mbarrier_free(struct cta *cta);
+/* The mbarrier of CTA at WORD; the launch ends when there is none. */
+struct mbarrier *find_mbarrier(struct cta *cta, uint64_t *word);
+/* Copy C is on its way. */
+void start_bulk(struct bulk c);
+
+/* ---- cluster.c ---- */
+/* Lane L, which does not live any more, is not waited for. */
+void cluster_leave(struct lane *l);
+/* The barrier of CTA's cluster. */
+struct barrier *cluster_barrier(const struct cta *cta);
+/* What L, which waits there, waits for. */
+void cluster_explain(FILE *f, const struct lane *l);
+
+/* ---- wgmma.c ---- */
+/* What CTA's threads wrote is seen by the async proxy. */
+void proxy_fence(struct cta *cta);
+/* One of the products that are at work is made. */
+void multiply_some(void);
+/* Lane L ends. */
+void wgmma_leave(struct lane *l);
+/* CTA has ended. */
+void wgmma_free(struct cta *cta);
+void wgmma_explain(FILE *f, const struct lane *l);
 
 /* ---- report.c ---- */
 /* End the launch with this text.  Does not return into a lane. */

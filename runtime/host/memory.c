@@ -1,13 +1,13 @@
-/* memory.c - global memory as the memory model allows it to be seen (section 8): a store is in its
-   CTA's view at once, and in all others' when it is committed - whenever the schedule likes, and in any
+/* memory.c - global memory as the memory model allows it to be seen (section 8).  A store is in its
+   CTA's view at once, and in all others' when it is committed: whenever the schedule likes, and in any
    order, unless a fence came between.  Pending stores are in memory only while a lane of their CTA
-   runs. */
+   runs.  And a relaxed load may still give what was there before, until its CTA acquires. */
 #include "runtime/host/machine.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_PENDING = 192, CLOCKS = 1 << 15 };
+enum { MOST_PENDING = 512, MOST_STALE = 24, CLOCKS = 1 << 15 };
 
 /* ---- Views ---------------------------------------------------------------- */
 
@@ -45,6 +45,46 @@ static int overlap(const struct pending *a, const struct pending *b)
     return a->address < b->address + b->bytes && b->address < a->address + a->bytes;
 }
 
+/* The value that CTA still sees at P; NULL: the one in memory. */
+static const char *find_stale(const struct cta *cta, const void *p, uint32_t bytes)
+{
+    for (int i = 0; i < cta->n_stale; i++)
+        if (cta->stale[i].address == p && cta->stale[i].bytes == bytes)
+            return cta->stale[i].other;
+    return NULL;
+}
+
+static void drop_stale(struct cta *cta, int i)
+{
+    const char *address = cta->stale[i].address;
+
+    cta->stale[i] = cta->stale[--cta->n_stale];
+    machine.n_late--;
+    changed(address);
+}
+
+/* Some CTAs go on to see BEFORE where store S of WRITER now is seen by all others. */
+static void leave_stale(const struct cta *writer, const struct pending *s, const char *before)
+{
+    for (unsigned i = 0; s->strong && i < machine.resident; i++) {
+        struct cta *cta = machine.ctas[i];
+        if (cta == writer || cta->n_stale == MOST_STALE || find_stale(cta, s->address, s->bytes) ||
+            machine_random(4))
+            continue;
+        if (!cta->stale && !(cta->stale = calloc(MOST_STALE, sizeof *cta->stale)))
+            misuse("no memory");
+        cta->stale[cta->n_stale] = *s;
+        memcpy(cta->stale[cta->n_stale++].other, before, s->bytes);
+        machine.n_late++;
+    }
+}
+
+static void acquire_all(struct cta *cta)
+{
+    while (cta->n_stale)
+        drop_stale(cta, cta->n_stale - 1);
+}
+
 /* Store I of CTA, or an earlier one to the same place, is seen by all. */
 static void commit(struct cta *cta, int i)
 {
@@ -55,6 +95,7 @@ static void commit(struct cta *cta, int i)
         if (overlap(&list[j], &list[i]))
             i = j;
     address = list[i].address;
+    leave_stale(cta, &list[i], cta == machine.view ? list[i].other : address);
     if (cta != machine.view)
         memcpy(list[i].address, list[i].other, list[i].bytes);
     memmove(&list[i], &list[i + 1], (size_t) (--cta->n_pending - i) * sizeof *list);
@@ -62,19 +103,34 @@ static void commit(struct cta *cta, int i)
     changed(address);
 }
 
-void commit_some(struct cta *cta)
+int settle_some(struct cta *cta, int weak_too)
 {
-    commit(cta, (int) machine_random((uint64_t) cta->n_pending));
+    const int n = cta->n_pending + cta->n_stale;
+    const int from = n ? (int) machine_random((uint64_t) n) : 0;
+
+    for (int i = 0; i < n; i++) {
+        const int at = (from + i) % n;
+        if (at >= cta->n_pending) {
+            drop_stale(cta, at - cta->n_pending);
+            return 1;
+        }
+        if (weak_too || cta->pending[at].strong) {
+            commit(cta, at);
+            return 1;
+        }
+    }
+    return 0;
 }
 
-void commit_all(struct cta *cta)
+void settle_all(struct cta *cta)
 {
     while (cta->n_pending)
         commit(cta, 0);
+    acquire_all(cta);
 }
 
-/* Stores that lane L's fence orders: its own, and those that a barrier put before it. */
-static void commit_before(struct lane *l)
+/* Its own, and those that a barrier put before it. */
+void commit_before(struct lane *l)
 {
     struct cta *cta = l->warp->cta;
 
@@ -91,7 +147,7 @@ static void commit_before(struct lane *l)
 }
 
 /* The BYTES at P are about to be written by L; others keep seeing what is there. */
-static void hold_back(struct lane *l, void *p, uint32_t bytes)
+static void hold_back(struct lane *l, void *p, uint32_t bytes, int strong)
 {
     struct cta *cta = l->warp->cta;
     struct pending *s;
@@ -101,7 +157,7 @@ static void hold_back(struct lane *l, void *p, uint32_t bytes)
     if (cta->n_pending == MOST_PENDING)
         commit(cta, 0);
     s = &cta->pending[cta->n_pending++];
-    *s = (struct pending) {.address = p, .bytes = bytes, .lane = l, .syncs = l->warp->syncs,
+    *s = (struct pending) {.address = p, .bytes = bytes, .strong = strong, .lane = l, .syncs = l->warp->syncs,
                            .generation = l->warp->cta->generation};
     memcpy(s->other, p, bytes);
     machine.n_late++;
@@ -165,7 +221,7 @@ void mkhost_delay(void *p, uint32_t bytes)
     progress(l);
     if (machine.seed)
         for (uint32_t at = 0; at < bytes; at += scalar)
-            hold_back(l, (char *) p + at, scalar);
+            hold_back(l, (char *) p + at, scalar, 0);
 }
 
 /* st.relaxed or st.release (9.7.9.12); ATOM bytes at a time are seen at once (8.2.2: .b128 is one). */
@@ -181,8 +237,11 @@ void mkhost_store(void *p, const void *v, uint32_t bytes, uint32_t atom, int is_
     } else {
         release_fenced(l, p);
     }
+    for (int i = 0; i < l->warp->cta->n_stale; i++)
+        if (l->warp->cta->stale[i].address == p) /* it sees its own store, and none before */
+            drop_stale(l->warp->cta, i--);
     for (uint32_t at = 0; machine.seed && at < bytes; at += atom)
-        hold_back(l, (char *) p + at, atom);
+        hold_back(l, (char *) p + at, atom, 1);
     memcpy(p, v, bytes);
     changed(p);
 }
@@ -191,10 +250,14 @@ void mkhost_store(void *p, const void *v, uint32_t bytes, uint32_t atom, int is_
 void mkhost_load(const void *p, void *v, uint32_t bytes, int is_acquire)
 {
     struct lane *l = ENTER("a strong load", p);
+    const char *before;
 
     check_address(p, bytes);
     polled(l, p);
-    memcpy(v, p, bytes);
+    if (is_acquire)
+        acquire_all(l->warp->cta);
+    before = find_stale(l->warp->cta, p, bytes);
+    memcpy(v, before ? before : p, bytes);
     if (is_acquire)
         acquire(clock_of(p));
     else
@@ -241,8 +304,10 @@ void mkhost_fence(int scope)
     l->n_seen = 0;
     l->fenced = 1;
     release(&l->fenced);
-    if (scope)
+    if (scope) {
         commit_before(l);
+        acquire_all(l->warp->cta);
+    }
 }
 
 /* Flags and counts in shared memory: the kernel reads and writes them itself, for the sanitizers. */
@@ -258,12 +323,16 @@ void mkhost_publish(void *p)
 {
     struct lane *l = ENTER("a flag", p);
 
-    progress(l);
     release_fenced(l, p);
+    l->flag = *(const uint32_t *) p;
 }
 
+/* The same again and again is no progress. */
 void mkhost_changed(void *p)
 {
+    if (*(const uint32_t *) p == machine.now->flag)
+        return;
+    progress(machine.now);
     changed(p);
 }
 

@@ -153,13 +153,14 @@ static void put_barrier(FILE *f, const struct lane *l)
     const struct cta *c = l->warp->cta;
     const struct barrier *b = l->about;
 
-    fprintf(f, ": %u of %u threads are there; not warps", b->arrived, b->threads);
+    fprintf(f, ": %u of %u threads are there", b->arrived, b->threads);
     for (int i = 0; i < c->n_warps; i++) {
+        const struct warp *w = &c->warps[i];
         int there = 0;
-        for (int lane = 0; lane < c->warps[i].n_lanes; lane++)
-            there += c->warps[i].lanes[lane].state == WAITING && c->warps[i].lanes[lane].about == b;
-        if (!there && (unsigned) c->n_warps * LANES <= b->threads + LANES)
-            fprintf(f, " %d", i);
+        for (int lane = 0; lane < w->n_lanes; lane++)
+            there += w->lanes[lane].state == WAITING && w->lanes[lane].about == b;
+        if (there < w->n_lanes)
+            fprintf(f, ", %d of warp %d", there, i);
     }
 }
 
@@ -186,14 +187,19 @@ static void put_wait(FILE *f, const struct lane *l, int lanes)
     } else {
         fprintf(f, "%s %s", l->state == WAITING ? "waits at" : "asks for", l->doing);
         if (l->state == WAITING) {
-            put_barrier(f, l);
+            if (l->about == l->warp)
+                wgmma_explain(f, l);
+            else if (l->about == cluster_barrier(l->warp->cta))
+                cluster_explain(f, l);
+            else
+                put_barrier(f, l);
         } else if (l->about) {
             fputs(", ", f);
             put_address(f, l, l->about);
             put_mbarrier(f, l);
         }
     }
-    fputs("\n      ", f);
+    fputs(n ? "\n      " : "", f);
     put_frames(f, pc, n);
     fputc('\n', f);
 }
@@ -224,6 +230,7 @@ char *report_waiting(void)
 static void set_report(const char *format, va_list args)
 {
     const struct lane *l = machine.now;
+    char *waiting;
     size_t size;
     FILE *f;
 
@@ -236,10 +243,12 @@ static void set_report(const char *format, va_list args)
     vfprintf(f, format, args);
     fprintf(f, " (%s, seed %llu, step %llu)\n", machine.name, (unsigned long long) machine.seed,
             (unsigned long long) machine.steps);
-    if (l->warp && strcmp(format, "deadlock"))
+    if (l->warp && strcmp(format, "deadlock") && strcmp(format, "no word changes any more"))
         put_wait(f, l, 1);
-    if (machine.stuck)
-        fprintf(f, "  nothing went on any more when\n%s", machine.stuck);
+    waiting = machine.stalls || !l->warp ? report_waiting() : NULL;
+    if (waiting)
+        fprintf(f, "  nothing went on any more:\n%s", waiting);
+    free(waiting);
     fclose(f);
 }
 

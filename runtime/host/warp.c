@@ -7,9 +7,7 @@
 
 /* ---- Collectives ---------------------------------------------------------- */
 
-/* Lane L comes to a collective with ARGS.  True in the lane that comes last, which does the work for all
-   and then calls part(). */
-static int meet(struct lane *l, const char *name, void *args)
+int meet(struct lane *l, const char *name, void *args)
 {
     struct warp *w = l->warp;
 
@@ -35,7 +33,7 @@ static int meet(struct lane *l, const char *name, void *args)
     return 0;
 }
 
-static void part(struct warp *w)
+void part(struct warp *w)
 {
     w->met = 0;
     for (int i = 0; i < LANES; i++)

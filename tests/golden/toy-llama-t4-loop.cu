@@ -97,6 +97,8 @@ static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f8
 
 // ---- Launch arguments: the same as in abi.h ------------------------------------------
 
+#define OFFSET(type, field) __INTADDR__(&((type *)0)->field)
+
 // 16 bytes that are written and read as one: three values and the tag that says which
 // hop they belong to.
 struct alignas(16) Word {
@@ -132,31 +134,31 @@ struct mk_args {
     int unused; // padding
     int stop[16]; // ids that end the launch
 };
-static_assert(__INTADDR__(&((mk_args *)0)->stream) == 0, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->embed) == 8, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->vec) == 16, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->rope) == 24, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->kv) == 32, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->exchange) == 40, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->logits) == 48, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->ring) == 56, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->fault) == 64, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->cancel) == 72, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->tokens) == 80, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->scratch) == 88, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->barrier) == 96, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->seed) == 104, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->logits_stride) == 112, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->launch) == 120, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->epoch) == 124, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->pos) == 128, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->n) == 132, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->token) == 136, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->top_k) == 140, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->temperature) == 144, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->top_p) == 148, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->n_stop) == 152, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->unused) == 156, "layout");
+static_assert(OFFSET(mk_args, stream) == 0, "layout");
+static_assert(OFFSET(mk_args, embed) == 8, "layout");
+static_assert(OFFSET(mk_args, vec) == 16, "layout");
+static_assert(OFFSET(mk_args, rope) == 24, "layout");
+static_assert(OFFSET(mk_args, kv) == 32, "layout");
+static_assert(OFFSET(mk_args, exchange) == 40, "layout");
+static_assert(OFFSET(mk_args, logits) == 48, "layout");
+static_assert(OFFSET(mk_args, ring) == 56, "layout");
+static_assert(OFFSET(mk_args, fault) == 64, "layout");
+static_assert(OFFSET(mk_args, cancel) == 72, "layout");
+static_assert(OFFSET(mk_args, tokens) == 80, "layout");
+static_assert(OFFSET(mk_args, scratch) == 88, "layout");
+static_assert(OFFSET(mk_args, barrier) == 96, "layout");
+static_assert(OFFSET(mk_args, seed) == 104, "layout");
+static_assert(OFFSET(mk_args, logits_stride) == 112, "layout");
+static_assert(OFFSET(mk_args, launch) == 120, "layout");
+static_assert(OFFSET(mk_args, epoch) == 124, "layout");
+static_assert(OFFSET(mk_args, pos) == 128, "layout");
+static_assert(OFFSET(mk_args, n) == 132, "layout");
+static_assert(OFFSET(mk_args, token) == 136, "layout");
+static_assert(OFFSET(mk_args, top_k) == 140, "layout");
+static_assert(OFFSET(mk_args, temperature) == 144, "layout");
+static_assert(OFFSET(mk_args, top_p) == 148, "layout");
+static_assert(OFFSET(mk_args, n_stop) == 152, "layout");
+static_assert(OFFSET(mk_args, unused) == 156, "layout");
 static_assert(sizeof(mk_args) == 224, "layout");
 
 struct mk_pack_args {
@@ -173,18 +175,18 @@ struct mk_pack_args {
     int block_step; // blocks of the phase from one block of src to the next
     int row0; // first row of src inside its tensor, a multiple of 8
 };
-static_assert(__INTADDR__(&((mk_pack_args *)0)->stream) == 0, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->src) == 8, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->plain) == 16, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->key) == 24, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->dtype) == 32, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->rows) == 36, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->cols) == 40, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->phase) == 44, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->layer) == 48, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->block0) == 52, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->block_step) == 56, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->row0) == 60, "layout");
+static_assert(OFFSET(mk_pack_args, stream) == 0, "layout");
+static_assert(OFFSET(mk_pack_args, src) == 8, "layout");
+static_assert(OFFSET(mk_pack_args, plain) == 16, "layout");
+static_assert(OFFSET(mk_pack_args, key) == 24, "layout");
+static_assert(OFFSET(mk_pack_args, dtype) == 32, "layout");
+static_assert(OFFSET(mk_pack_args, rows) == 36, "layout");
+static_assert(OFFSET(mk_pack_args, cols) == 40, "layout");
+static_assert(OFFSET(mk_pack_args, phase) == 44, "layout");
+static_assert(OFFSET(mk_pack_args, layer) == 48, "layout");
+static_assert(OFFSET(mk_pack_args, block0) == 52, "layout");
+static_assert(OFFSET(mk_pack_args, block_step) == 56, "layout");
+static_assert(OFFSET(mk_pack_args, row0) == 60, "layout");
 static_assert(sizeof(mk_pack_args) == 64, "layout");
 
 // args.fault
@@ -242,6 +244,11 @@ static __device__ __forceinline__ void store_word(Word *p, u32 v0, u32 v1, u32 v
                  "st.relaxed.gpu.global.b128 [%0], q;\n}"
                  :: "l"(p), "r"(v0), "r"(v1), "r"(v2), "r"(tag) : "memory");
 }
+
+// *late(p) = v is a plain store that another CTA will read: late, and in any order, until fence_gpu or
+// add_release after it.
+template <class T>
+static __device__ __forceinline__ T *late(T *p) { return p; }
 
 // All earlier writes of this CTA (after a barrier) before all later ones, for every CTA.
 static __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -353,7 +360,14 @@ static __device__ __forceinline__ void copy16(u32 dst, const void *src, int byte
 static __device__ __forceinline__ void copy_commit() { __syncwarp(); }
 template <int N> static __device__ __forceinline__ void copy_wait() {}
 
-// ---- Ring primitives: a stage is filled, has landed, is released ---------------------
+static __device__ __forceinline__ u32 load_volatile(const u32 *p)
+{
+    u32 v;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+    return v;
+}
+
+// ---- Ring: a stage is filled, has landed, is released --------------------------------
 
 // A stage is used again and again: use u of a stage carries chunk u * STAGES + stage.
 struct alignas(8) Gate {
@@ -361,19 +375,12 @@ struct alignas(8) Gate {
     u32 unused;
 };
 
-static __device__ __forceinline__ u32 gate_count(const Gate *g)
-{
-    u32 v;
-    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(&g->count)) : "memory");
-    return v;
-}
-
 static __device__ __forceinline__ void gate_init(Gate *full, Gate *free) { full->count = free->count = 0; }
 static __device__ __forceinline__ void gate_init_done() {}
 
 static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use)
 {
-    bool landed = (int)(gate_count(full) - use) > 0;
+    bool landed = (int)(load_volatile(&full->count) - use) > 0;
     __threadfence_block();
     return landed;
 }
@@ -383,7 +390,7 @@ static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { 
 // All warps have released use - 1.
 static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
 {
-    bool is_free = (int)(gate_count(free) - use * WARPS) >= 0;
+    bool is_free = (int)(load_volatile(&free->count) - use * WARPS) >= 0;
     __threadfence_block();
     return is_free;
 }
@@ -398,12 +405,14 @@ static __device__ __forceinline__ void gate_release(Gate *free)
 static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
 {
     const int lane = threadIdx.x % 32;
+    __syncwarp(); // lane 0 saw that the stage is free: now all lanes did
     for (int i = lane * 16; i < bytes; i += 512)
         *(uint4 *)((unsigned char *)dst + i) = *(const uint4 *)(src + i);
-    __threadfence_block();
     __syncwarp();
-    if (lane == 0)
+    if (lane == 0) {
+        __threadfence_block();
         atomicAdd(&full->count, 1);
+    }
     __syncwarp();
 }
 
@@ -562,7 +571,7 @@ static __device__ __forceinline__ void wait_landed(u32 chunk)
 {
     Watch watch;
     while (!gate_await_landed(&S->full[chunk % STAGES], chunk / STAGES))
-        watch.poll(S->args.fault, AT_RING, chunk, S->landed);
+        watch.poll(S->args.fault, AT_RING, chunk, load_flag(&S->landed));
 }
 
 // Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two
@@ -910,8 +919,8 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
                 to[e] = to_half(x.a[j]);
                 to[e + E / 2] = to_half(x.b[j]);
                 if (q0 % (H / K) == 0) { // one of the GROUPS tasks that share the head
-                    row[e] = to[e];
-                    row[e + E / 2] = to[e + E / 2];
+                    *late(&row[e]) = to[e];
+                    *late(&row[e + E / 2]) = to[e + E / 2];
                 }
             }
         }
@@ -1445,7 +1454,7 @@ static __device__ __forceinline__ u32 count_landed(u32 filled)
         landed++;
     __syncwarp();
     if (threadIdx.x % 32 == 0)
-        S->landed = landed;
+        store_flag(&S->landed, landed); // the watchdog's report reads it
     __syncwarp();
     return __shfl_sync(~0u, landed, 0);
 }
@@ -1783,7 +1792,7 @@ static __device__ __forceinline__ void prefill_norm_row(int token, const float *
             x.z = pack(b.x * scale * v.x, b.y * scale * v.y);
             x.w = pack(b.z * scale * v.z, b.w * scale * v.w);
         }
-        *(uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8)) = x;
+        *late((uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8))) = x;
     }
 }
 
@@ -1807,8 +1816,8 @@ static __device__ __noinline__ void prefill_embed()
         #pragma unroll 4
         for (int tile = lane; tile < D / 8; tile += 32) { // the lane that reads them in the norm
             const uint4 q = ((const uint4 *)(G->args.embed + (u64)id * D))[tile];
-            row[tile * 2] = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
-            row[tile * 2 + 1] = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
+            *late(row + tile * 2) = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
+            *late(row + tile * 2 + 1) = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
         }
         prefill_norm_row(token, G->args.vec + VEC_ATTN_NORM);
     }
@@ -2055,9 +2064,9 @@ static __device__ __forceinline__ void multiply_add(u64 at, float scale)
         return make_float4(a.x, a.y, b.x, b.y);
     }, [&](int token, int block, const float (*sum)[4], float4 before) {
         if (block < P::BLOCKS && token < G->args.n)
-            *pair(token, block) = make_float2(before.x + sum[0][0] * scale, before.y + sum[0][1] * scale);
+            *late(pair(token, block)) = make_float2(before.x + sum[0][0] * scale, before.y + sum[0][1] * scale);
         if (block < P::BLOCKS && token + 8 < G->args.n)
-            *pair(token + 8, block) = make_float2(before.z + sum[0][2] * scale, before.w + sum[0][3] * scale);
+            *late(pair(token + 8, block)) = make_float2(before.z + sum[0][2] * scale, before.w + sum[0][3] * scale);
     });
 }
 
@@ -2072,9 +2081,9 @@ static __device__ __noinline__ void prefill_qkv(u64 at, int first, int bias)
     }, [&](int token, int block, const float (*sum)[4], float4 add) {
         float2 *to = (float2 *)(prefill_raw() + (u64)token * ((H + 2 * K) * E) + block * 8) + threadIdx.x % 4;
         if (block < Qkv::BLOCKS && token < G->args.n)
-            *to = make_float2(sum[0][0] + add.x, sum[0][1] + add.y);
+            *late(to) = make_float2(sum[0][0] + add.x, sum[0][1] + add.y);
         if (block < Qkv::BLOCKS && token + 8 < G->args.n)
-            to[8 * ((H + 2 * K) * E / 2)] = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
+            *late(to + 8 * ((H + 2 * K) * E / 2)) = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
     });
     read_ahead(at - QKV_OFFSET + O_OFFSET, MLP_OFFSET - O_OFFSET);
 }
@@ -2119,8 +2128,8 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
             }
             #pragma unroll
             for (int j = 0; j < Head_values::PAIRS; j++) {
-                to[lane + j * 32] = to_half(x[i].a[j] * scale);
-                to[lane + j * 32 + E / 2] = to_half(x[i].b[j] * scale);
+                *late(to + lane + j * 32) = to_half(x[i].a[j] * scale);
+                *late(to + lane + j * 32 + E / 2) = to_half(x[i].b[j] * scale);
             }
         }
     }
@@ -2263,7 +2272,7 @@ struct Flash {
                 unsigned char *to = y + activation_at<O::UNITS>(row / RATIO, col);
                 #pragma unroll
                 for (int e = 0; e < E / 8; e++)
-                    *(u32 *)(to + e * 128) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
+                    *late((u32 *)(to + e * 128)) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
             }
         }
     }
@@ -2345,9 +2354,9 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
                               silu_product(sum[0][i * 2 + 1], sum[1][i * 2 + 1]));
         unsigned char *to = prefill_y() + activation_at<Down::UNITS>(token, block * 4 + threadIdx.x % 4 * 2);
         if (block < Down::UNITS * 8 && token < G->args.n)
-            *(u32 *)to = product[0];
+            *late((u32 *)to) = product[0];
         if (block < Down::UNITS * 8 && token + 8 < G->args.n)
-            *(u32 *)(to + Down::UNITS * 512) = product[1]; // in the next block of tokens
+            *late((u32 *)(to + Down::UNITS * 512)) = product[1]; // in the next block of tokens
     });
     read_ahead(at - MLP_OFFSET + DOWN_OFFSET, (int)LAYER_BYTES - DOWN_OFFSET);
 }

@@ -97,6 +97,8 @@ static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f8
 
 // ---- Launch arguments: the same as in abi.h ------------------------------------------
 
+#define OFFSET(type, field) __INTADDR__(&((type *)0)->field)
+
 // 16 bytes that are written and read as one: three values and the tag that says which
 // hop they belong to.
 struct alignas(16) Word {
@@ -132,31 +134,31 @@ struct mk_args {
     int unused; // padding
     int stop[16]; // ids that end the launch
 };
-static_assert(__INTADDR__(&((mk_args *)0)->stream) == 0, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->embed) == 8, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->vec) == 16, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->rope) == 24, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->kv) == 32, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->exchange) == 40, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->logits) == 48, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->ring) == 56, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->fault) == 64, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->cancel) == 72, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->tokens) == 80, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->scratch) == 88, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->barrier) == 96, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->seed) == 104, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->logits_stride) == 112, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->launch) == 120, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->epoch) == 124, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->pos) == 128, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->n) == 132, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->token) == 136, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->top_k) == 140, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->temperature) == 144, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->top_p) == 148, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->n_stop) == 152, "layout");
-static_assert(__INTADDR__(&((mk_args *)0)->unused) == 156, "layout");
+static_assert(OFFSET(mk_args, stream) == 0, "layout");
+static_assert(OFFSET(mk_args, embed) == 8, "layout");
+static_assert(OFFSET(mk_args, vec) == 16, "layout");
+static_assert(OFFSET(mk_args, rope) == 24, "layout");
+static_assert(OFFSET(mk_args, kv) == 32, "layout");
+static_assert(OFFSET(mk_args, exchange) == 40, "layout");
+static_assert(OFFSET(mk_args, logits) == 48, "layout");
+static_assert(OFFSET(mk_args, ring) == 56, "layout");
+static_assert(OFFSET(mk_args, fault) == 64, "layout");
+static_assert(OFFSET(mk_args, cancel) == 72, "layout");
+static_assert(OFFSET(mk_args, tokens) == 80, "layout");
+static_assert(OFFSET(mk_args, scratch) == 88, "layout");
+static_assert(OFFSET(mk_args, barrier) == 96, "layout");
+static_assert(OFFSET(mk_args, seed) == 104, "layout");
+static_assert(OFFSET(mk_args, logits_stride) == 112, "layout");
+static_assert(OFFSET(mk_args, launch) == 120, "layout");
+static_assert(OFFSET(mk_args, epoch) == 124, "layout");
+static_assert(OFFSET(mk_args, pos) == 128, "layout");
+static_assert(OFFSET(mk_args, n) == 132, "layout");
+static_assert(OFFSET(mk_args, token) == 136, "layout");
+static_assert(OFFSET(mk_args, top_k) == 140, "layout");
+static_assert(OFFSET(mk_args, temperature) == 144, "layout");
+static_assert(OFFSET(mk_args, top_p) == 148, "layout");
+static_assert(OFFSET(mk_args, n_stop) == 152, "layout");
+static_assert(OFFSET(mk_args, unused) == 156, "layout");
 static_assert(sizeof(mk_args) == 224, "layout");
 
 struct mk_pack_args {
@@ -173,18 +175,18 @@ struct mk_pack_args {
     int block_step; // blocks of the phase from one block of src to the next
     int row0; // first row of src inside its tensor, a multiple of 8
 };
-static_assert(__INTADDR__(&((mk_pack_args *)0)->stream) == 0, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->src) == 8, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->plain) == 16, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->key) == 24, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->dtype) == 32, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->rows) == 36, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->cols) == 40, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->phase) == 44, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->layer) == 48, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->block0) == 52, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->block_step) == 56, "layout");
-static_assert(__INTADDR__(&((mk_pack_args *)0)->row0) == 60, "layout");
+static_assert(OFFSET(mk_pack_args, stream) == 0, "layout");
+static_assert(OFFSET(mk_pack_args, src) == 8, "layout");
+static_assert(OFFSET(mk_pack_args, plain) == 16, "layout");
+static_assert(OFFSET(mk_pack_args, key) == 24, "layout");
+static_assert(OFFSET(mk_pack_args, dtype) == 32, "layout");
+static_assert(OFFSET(mk_pack_args, rows) == 36, "layout");
+static_assert(OFFSET(mk_pack_args, cols) == 40, "layout");
+static_assert(OFFSET(mk_pack_args, phase) == 44, "layout");
+static_assert(OFFSET(mk_pack_args, layer) == 48, "layout");
+static_assert(OFFSET(mk_pack_args, block0) == 52, "layout");
+static_assert(OFFSET(mk_pack_args, block_step) == 56, "layout");
+static_assert(OFFSET(mk_pack_args, row0) == 60, "layout");
 static_assert(sizeof(mk_pack_args) == 64, "layout");
 
 // args.fault
@@ -231,6 +233,11 @@ static __device__ __forceinline__ void store_word(Word *p, u32 v0, u32 v1, u32 v
                  "st.relaxed.gpu.global.b128 [%0], q;\n}"
                  :: "l"(p), "r"(v0), "r"(v1), "r"(v2), "r"(tag) : "memory");
 }
+
+// *late(p) = v is a plain store that another CTA will read: late, and in any order, until fence_gpu or
+// add_release after it.
+template <class T>
+static __device__ __forceinline__ T *late(T *p) { return p; }
 
 // All earlier writes of this CTA (after a barrier) before all later ones, for every CTA.
 static __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -340,65 +347,95 @@ template <int N> static __device__ __forceinline__ void copy_wait()
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 
-// ---- Ring primitives: a stage is filled, has landed, is released ---------------------
+// An mbarrier, in shared memory: a phase ends when COUNT have arrived and all expected bytes are here.
+static __device__ __forceinline__ void mbarrier_init(u64 *b, u32 count)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(count) : "memory");
+}
+
+static __device__ __forceinline__ void mbarrier_arrive(u64 *b)
+{
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}"
+                 :: "r"(shared_address(b)) : "memory");
+}
+
+// Did the phase of PARITY end?
+static __device__ __forceinline__ bool mbarrier_test_wait(u64 *b, u32 parity)
+{
+    u32 passed;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(b)), "r"(parity) : "memory");
+    return passed;
+}
+
+// The same as test_wait, but waits a little for it.
+static __device__ __forceinline__ bool mbarrier_try_wait(u64 *b, u32 parity)
+{
+    u32 passed;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(b)), "r"(parity) : "memory");
+    return passed;
+}
+
+// Arrive, and expect BYTES in this phase.
+static __device__ __forceinline__ void mbarrier_arrive_expect(u64 *b, u32 bytes)
+{
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}"
+                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+
+// BYTES from global to shared memory, later; they arrive at B.
+static __device__ __forceinline__ void copy_bulk(void *dst, const void *src, u32 bytes, u64 *b)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+
+// What this thread wrote to shared memory, before the copy engine comes to it.
+static __device__ __forceinline__ void fence_async_proxy()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- Ring: a stage is filled, has landed, is released --------------------------------
 
 // A stage is used again and again: use u of a stage carries chunk u * STAGES + stage.
 typedef u64 Gate; // an mbarrier
 
 static __device__ __forceinline__ void gate_init(Gate *full, Gate *free)
 {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(full)), "n"(1) : "memory");
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(free)), "n"(WARPS) : "memory");
+    mbarrier_init(full, 1);
+    mbarrier_init(free, WARPS);
 }
 
 static __device__ __forceinline__ void gate_init_done()
 {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_async_proxy();
 }
 
-// Did the phase of PARITY end?  Waits a little for it.
-static __device__ __forceinline__ bool gate_await(Gate *g, u32 parity)
+static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use)
 {
-    u32 passed;
-    asm volatile("{\n.reg .pred p;\n"
-                 "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(g)), "r"(parity) : "memory");
-    return passed;
+    return mbarrier_try_wait(full, use & 1);
 }
 
-// The same, without waiting.
-static __device__ __forceinline__ bool gate_passed(Gate *g, u32 parity)
-{
-    u32 passed;
-    asm volatile("{\n.reg .pred p;\n"
-                 "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(g)), "r"(parity) : "memory");
-    return passed;
-}
-
-static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { return gate_await(full, use & 1); }
-static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return gate_passed(full, use & 1); }
+static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return mbarrier_test_wait(full, use & 1); }
 
 // All warps have released use - 1.
 static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
 {
-    return use == 0 || gate_passed(free, (use - 1) & 1);
+    return use == 0 || mbarrier_test_wait(free, (use - 1) & 1);
 }
 
-static __device__ __forceinline__ void gate_release(Gate *free)
-{
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}"
-                 :: "r"(shared_address(free)) : "memory");
-}
+static __device__ __forceinline__ void gate_release(Gate *free) { mbarrier_arrive(free); }
 
 // The producer warp starts a bulk copy of BYTES (a multiple of 512) that opens the gate.
 static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
 {
     if (threadIdx.x % 32 == 0) {
-        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}"
-                     :: "r"(shared_address(full)), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     :: "r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(full)) : "memory");
+        mbarrier_arrive_expect(full, bytes);
+        copy_bulk(dst, src, bytes, full);
     }
     __syncwarp();
 }
@@ -558,7 +595,7 @@ static __device__ __forceinline__ void wait_landed(u32 chunk)
 {
     Watch watch;
     while (!gate_await_landed(&S->full[chunk % STAGES], chunk / STAGES))
-        watch.poll(S->args.fault, AT_RING, chunk, S->landed);
+        watch.poll(S->args.fault, AT_RING, chunk, load_flag(&S->landed));
 }
 
 // Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two
@@ -915,8 +952,8 @@ static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head
                 to[e] = to_half(x.a[j]);
                 to[e + E / 2] = to_half(x.b[j]);
                 if (q0 % (H / K) == 0) { // one of the GROUPS tasks that share the head
-                    row[e] = to[e];
-                    row[e + E / 2] = to[e + E / 2];
+                    *late(&row[e]) = to[e];
+                    *late(&row[e + E / 2]) = to[e + E / 2];
                 }
             }
         }
@@ -1450,7 +1487,7 @@ static __device__ __forceinline__ u32 count_landed(u32 filled)
         landed++;
     __syncwarp();
     if (threadIdx.x % 32 == 0)
-        S->landed = landed;
+        store_flag(&S->landed, landed); // the watchdog's report reads it
     __syncwarp();
     return __shfl_sync(~0u, landed, 0);
 }
@@ -1788,7 +1825,7 @@ static __device__ __forceinline__ void prefill_norm_row(int token, const float *
             x.z = pack(b.x * scale * v.x, b.y * scale * v.y);
             x.w = pack(b.z * scale * v.z, b.w * scale * v.w);
         }
-        *(uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8)) = x;
+        *late((uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8))) = x;
     }
 }
 
@@ -1814,8 +1851,8 @@ static __device__ __noinline__ void prefill_embed()
             // 8 columns of row id % 8 of the head's block id / 8
             const uint4 q = *(const uint4 *)(block_at<Head>(G->args.stream + HEAD_OFFSET, id / 8)
                                              + tile * 128 + id % 8 * 16);
-            row[tile * 2] = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
-            row[tile * 2 + 1] = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
+            *late(row + tile * 2) = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
+            *late(row + tile * 2 + 1) = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
         }
         prefill_norm_row(token, G->args.vec + VEC_ATTN_NORM);
     }
@@ -2062,9 +2099,9 @@ static __device__ __forceinline__ void multiply_add(u64 at, float scale)
         return make_float4(a.x, a.y, b.x, b.y);
     }, [&](int token, int block, const float (*sum)[4], float4 before) {
         if (block < P::BLOCKS && token < G->args.n)
-            *pair(token, block) = make_float2(before.x + sum[0][0] * scale, before.y + sum[0][1] * scale);
+            *late(pair(token, block)) = make_float2(before.x + sum[0][0] * scale, before.y + sum[0][1] * scale);
         if (block < P::BLOCKS && token + 8 < G->args.n)
-            *pair(token + 8, block) = make_float2(before.z + sum[0][2] * scale, before.w + sum[0][3] * scale);
+            *late(pair(token + 8, block)) = make_float2(before.z + sum[0][2] * scale, before.w + sum[0][3] * scale);
     });
 }
 
@@ -2079,9 +2116,9 @@ static __device__ __noinline__ void prefill_qkv(u64 at, int first, int bias)
     }, [&](int token, int block, const float (*sum)[4], float4 add) {
         float2 *to = (float2 *)(prefill_raw() + (u64)token * ((H + 2 * K) * E) + block * 8) + threadIdx.x % 4;
         if (block < Qkv::BLOCKS && token < G->args.n)
-            *to = make_float2(sum[0][0] + add.x, sum[0][1] + add.y);
+            *late(to) = make_float2(sum[0][0] + add.x, sum[0][1] + add.y);
         if (block < Qkv::BLOCKS && token + 8 < G->args.n)
-            to[8 * ((H + 2 * K) * E / 2)] = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
+            *late(to + 8 * ((H + 2 * K) * E / 2)) = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
     });
     read_ahead(at - QKV_OFFSET + O_OFFSET, MLP_OFFSET - O_OFFSET);
 }
@@ -2131,8 +2168,8 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
             }
             #pragma unroll
             for (int j = 0; j < Head_values::PAIRS; j++) {
-                to[lane + j * 32] = to_half(x[i].a[j] * scale);
-                to[lane + j * 32 + E / 2] = to_half(x[i].b[j] * scale);
+                *late(to + lane + j * 32) = to_half(x[i].a[j] * scale);
+                *late(to + lane + j * 32 + E / 2) = to_half(x[i].b[j] * scale);
             }
         }
     }
@@ -2275,7 +2312,7 @@ struct Flash {
                 unsigned char *to = y + activation_at<O::UNITS>(row / RATIO, col);
                 #pragma unroll
                 for (int e = 0; e < E / 8; e++)
-                    *(u32 *)(to + e * 128) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
+                    *late((u32 *)(to + e * 128)) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
             }
         }
     }
@@ -2357,9 +2394,9 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
                               silu_product(sum[0][i * 2 + 1], sum[1][i * 2 + 1]));
         unsigned char *to = prefill_y() + activation_at<Down::UNITS>(token, block * 4 + threadIdx.x % 4 * 2);
         if (block < Down::UNITS * 8 && token < G->args.n)
-            *(u32 *)to = product[0];
+            *late((u32 *)to) = product[0];
         if (block < Down::UNITS * 8 && token + 8 < G->args.n)
-            *(u32 *)(to + Down::UNITS * 512) = product[1]; // in the next block of tokens
+            *late((u32 *)(to + Down::UNITS * 512)) = product[1]; // in the next block of tokens
     });
     read_ahead(at - MLP_OFFSET + DOWN_OFFSET, (int)LAYER_BYTES - DOWN_OFFSET);
 }

@@ -1,0 +1,217 @@
+// Kernels that do what must not be done, behind those of prims.cu; for the host's machine only, for
+// sm_90 and clusters of two.  Each names what its report must say.
+
+#define CLUSTER_TEST(name)                                                                       \
+    extern "C" { extern const u32 mkhost_##name##_cluster = 2; }                                 \
+    TEST(name)
+
+// Until something is at P that nobody puts there.
+static __device__ __forceinline__ void await_nothing(u32 *p)
+{
+    while (load_flag(p) != 1)
+        ;
+}
+
+// ---- Warps and CTAs
+
+// Two CTAs wait for each other's word.
+TEST(misuse_deadlock)
+{
+    Word *words = (Word *)(args.out + 16);
+    while (load_word(&words[blockIdx.x]).tag != 1)
+        ;
+    store_word(&words[1 - blockIdx.x], 0, 0, 0, 1);
+}
+
+// Warp 2 does not come to the barrier.
+TEST(misuse_barrier)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x / 32 == 2)
+        await_nothing(&m->words[0]);
+    __syncthreads();
+}
+
+// Of two arrivals one is missing.
+TEST(misuse_arrival)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 2);
+        mbarrier_arrive(&m->barrier[0]);
+    }
+    __syncthreads();
+    while (!mbarrier_test_wait(&m->barrier[0], 0))
+        ;
+}
+
+// Lane 7 leaves its warp.
+TEST(misuse_shuffle)
+{
+    if (threadIdx.x == 7)
+        return;
+    args.out[16 + threadIdx.x] = __shfl_xor_sync(~0u, threadIdx.x, 1);
+}
+
+// ---- Copies
+
+// The copy engine has not been told of the mbarrier.
+TEST(misuse_proxy)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 1);
+        mbarrier_arrive_expect(&m->barrier[0], 512);
+        copy_bulk(m->bytes, args.in, 512, &m->barrier[0]);
+        test_await(&m->barrier[0], 0, args.out, 1);
+    }
+}
+
+// Nobody waits for the copy.
+TEST(misuse_leave)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 1);
+        fence_async_proxy();
+        mbarrier_arrive_expect(&m->barrier[0], 512);
+        copy_bulk(m->bytes, args.in, 512, &m->barrier[0]);
+    }
+}
+
+// ---- Clusters
+
+// CTA 1 pushes to CTA 0, which does not wait for it.
+CLUSTER_TEST(misuse_push)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 1);
+        fence_mbarrier_init();
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (cluster_rank() == 1 && threadIdx.x == 0)
+        push_word(cluster_address(shared_address(m->bytes), 0), 1, 2, 3, 4,
+                  cluster_address(shared_address(&m->barrier[0]), 0));
+}
+
+// No fence between mbarrier and push.
+CLUSTER_TEST(misuse_init)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0)
+        mbarrier_init(&m->barrier[0], 1);
+    cluster_arrive();
+    cluster_wait();
+    if (cluster_rank() == 1 && threadIdx.x == 0)
+        push_word(cluster_address(shared_address(m->bytes), 0), 1, 2, 3, 4,
+                  cluster_address(shared_address(&m->barrier[0]), 0));
+    cluster_arrive();
+    cluster_wait();
+}
+
+// Warp 1 of CTA 1 does not come to the cluster's barrier.
+CLUSTER_TEST(misuse_cluster)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (cluster_rank() == 1 && threadIdx.x / 32 == 1)
+        await_nothing(&m->words[0]);
+    cluster_arrive();
+    cluster_wait();
+}
+
+// ---- Warpgroups
+
+constexpr u32 MISUSE_B = 2048; // where B begins; A and B are zeros
+
+static __device__ __forceinline__ u64 misuse_matrix(const void *p)
+{
+    return matrix_descriptor(shared_address(p), 128, 256);
+}
+
+static __device__ __forceinline__ void clear_matrices(Test_shared *m)
+{
+    for (u32 i = threadIdx.x; i < (MISUSE_B + 256) / 4; i += 128)
+        ((u32 *)m->bytes)[i] = 0;
+}
+
+// A product without wgmma_fence.
+TEST(misuse_sums)
+{
+    SHARED_MEMORY(Test_shared, m);
+    float sum[4] = {};
+    clear_matrices(m);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma(sum, misuse_matrix(m->bytes), misuse_matrix(m->bytes + MISUSE_B));
+    wgmma_commit();
+    wgmma_wait<0>(sum);
+}
+
+// Operands that the async proxy does not see.
+TEST(misuse_operands)
+{
+    SHARED_MEMORY(Test_shared, m);
+    float sum[4] = {};
+    clear_matrices(m);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *(u16 *)m->bytes = *(u16 *)(m->bytes + MISUSE_B) = 0x3c00;
+    __syncthreads();
+    wgmma_fence(sum);
+    wgmma(sum, misuse_matrix(m->bytes), misuse_matrix(m->bytes + MISUSE_B));
+    wgmma_commit();
+    wgmma_wait<0>(sum);
+}
+
+// Sums that are written to before the wait.
+TEST(misuse_write)
+{
+    SHARED_MEMORY(Test_shared, m);
+    float sum[4] = {};
+    clear_matrices(m);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence(sum);
+    wgmma(sum, misuse_matrix(m->bytes), misuse_matrix(m->bytes + MISUSE_B));
+    wgmma_commit();
+    sum[1] = 1.0f;
+    wgmma_wait<0>(sum);
+}
+
+// Warp 3 does not multiply.
+TEST(misuse_warpgroup)
+{
+    SHARED_MEMORY(Test_shared, m);
+    float sum[4] = {};
+    if (threadIdx.x == 0)
+        store_flag(&m->words[0], 0);
+    clear_matrices(m);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x / 32 == 3)
+        await_nothing(&m->words[0]);
+    wgmma_fence(sum);
+    wgmma(sum, misuse_matrix(m->bytes), misuse_matrix(m->bytes + MISUSE_B));
+    wgmma_commit();
+    wgmma_wait<0>(sum);
+}
+
+// No misuse: a word of each thread before the wait, and one after it.
+TEST(early_sums)
+{
+    SHARED_MEMORY(Test_shared, m);
+    float sum[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    clear_matrices(m);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence(sum);
+    wgmma(sum, misuse_matrix(m->bytes), misuse_matrix(m->bytes + MISUSE_B));
+    wgmma(sum, misuse_matrix(m->bytes), misuse_matrix(m->bytes + MISUSE_B));
+    wgmma_commit();
+    args.out[16 + threadIdx.x * 2] = __float_as_uint(sum[3]);
+    wgmma_wait<0>(sum);
+    args.out[16 + threadIdx.x * 2 + 1] = __float_as_uint(sum[3]);
+}
