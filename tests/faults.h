@@ -29,7 +29,7 @@ static const struct fault {
     {0, 20, 0, "the norm's sum is taken before all warps have left theirs",
      {"norm-not-awaited", {{"        S->sum[threadIdx.x / 32] = value;\n    consumer_barrier();\n",
                            "        S->sum[threadIdx.x / 32] = value;\n", 1}}}},
-    {0, 40, 0, "a warp leaves its candidate where the last ones are being read",
+    {0, 0, 1, "a warp leaves its candidate where the last ones are being read",
      {"best-not-free", {{"    consumer_barrier(); // S->best is free\n", "", 1}}}},
     {0, 40, 0, "the sampler's bins are cleared while the last digit is being chosen",
      {"bins-not-free", {{"    consumer_barrier(); // S->hist is free\n", "", 1}}}},

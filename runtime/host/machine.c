@@ -218,7 +218,7 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
 static void clean_up(void)
 {
     for (unsigned i = 0; i < machine.resident; i++) {
-        machine.ctas[i]->n_pending = machine.ctas[i]->n_stale = 0;
+        machine.ctas[i]->n_pending = machine.ctas[i]->n_strong = machine.ctas[i]->n_stale = 0;
         mbarrier_free(machine.ctas[i]);
     }
     machine.running = 0;

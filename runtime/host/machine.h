@@ -130,7 +130,7 @@ struct cta {
     struct barrier barriers[BARRIERS];
     uint64_t generation; /* barriers passed, of all ids */
     struct pending *pending, *stale; /* stale: what others wrote and this one does not see yet */
-    int n_pending, n_stale;
+    int n_pending, n_strong, n_stale; /* n_strong: of the pending ones */
     struct mbarrier *mbarriers;
     int n_mbarriers;
     int copies; /* of the engine, on their way into its shared memory */

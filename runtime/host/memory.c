@@ -98,6 +98,7 @@ static void commit(struct cta *cta, int i)
     leave_stale(cta, &list[i], cta == machine.view ? list[i].other : address);
     if (cta != machine.view)
         memcpy(list[i].address, list[i].other, list[i].bytes);
+    cta->n_strong -= list[i].strong;
     memmove(&list[i], &list[i + 1], (size_t) (--cta->n_pending - i) * sizeof *list);
     machine.n_late--;
     changed(address);
@@ -108,6 +109,8 @@ int settle_some(struct cta *cta, int weak_too)
     const int n = cta->n_pending + cta->n_stale;
     const int from = n ? (int) machine_random((uint64_t) n) : 0;
 
+    if (!weak_too && !cta->n_strong && !cta->n_stale)
+        return 0;
     for (int i = 0; i < n; i++) {
         const int at = (from + i) % n;
         if (at >= cta->n_pending) {
@@ -160,6 +163,7 @@ static void hold_back(struct lane *l, void *p, uint32_t bytes, int strong)
     *s = (struct pending) {.address = p, .bytes = bytes, .strong = strong, .lane = l, .syncs = l->warp->syncs,
                            .generation = l->warp->cta->generation};
     memcpy(s->other, p, bytes);
+    cta->n_strong += strong;
     machine.n_late++;
 }
 
