@@ -47,9 +47,9 @@ enum { WORLDS = sizeof worlds / sizeof *worlds };
 
 static struct {
     long seeds, first;
-    int world, jobs, faults, verbose;
+    int world, every, jobs, faults, verbose;
     const char *fault;
-} opt = {.seeds = -1, .first = 1, .world = -1};
+} opt = {.seeds = -1, .first = 1, .world = -1, .every = 1};
 
 static const char *const *split_settings(const char *settings)
 {
@@ -477,12 +477,12 @@ static long seeds_wanted(void)
 
 static int n_worlds(void)
 {
-    return opt.world >= 0 ? 1 : WORLDS;
+    return opt.world >= 0 ? 1 : (WORLDS + opt.every - 1) / opt.every;
 }
 
 static int world_job(int i)
 {
-    const struct world *w = &worlds[opt.world >= 0 ? opt.world : i % WORLDS];
+    const struct world *w = &worlds[opt.world >= 0 ? opt.world : i % n_worlds() * opt.every];
     const long done = i / n_worlds() * SHARE, left = seeds_wanted() - done;
 
     return run_world(w, opt.first + done, left < SHARE ? left : SHARE);
@@ -514,6 +514,10 @@ static int choose_faults(void)
     for (size_t i = 0; i < FAULTS; i++)
         if (opt.fault ? !strcmp(opt.fault, faults[i].plant.name) : faults[i].race == race_detector)
             chosen[n++] = &faults[i];
+    if (opt.fault && !n) {
+        fprintf(stderr, "mkstorm: there is no fault \"%s\" (--list)\n", opt.fault);
+        exit(2);
+    }
     return n;
 }
 
@@ -524,6 +528,7 @@ static void usage(FILE *f)
           "  --seeds N      schedules of every world (100), or of every fault (what faults.h says)\n"
           "  --first S      the first seed (1)\n"
           "  --world I      one world (--list prints them)\n"
+          "  --every N      every Nth world (1)\n"
           "  --faults       plant every fault in turn; each must be caught\n"
           "  --fault NAME   plant this one\n"
           "  --jobs N       processes at once (all processors)\n"
@@ -542,30 +547,45 @@ static void list(void)
                faults[i].race ? " (a race)" : "");
 }
 
+/* The value of option NAME, or the end. */
+static long number(const char *name, long least, long most)
+{
+    char *end;
+    const long v = strtol(optarg, &end, 10);
+
+    if (end == optarg || *end || v < least || v > most) {
+        fprintf(stderr, "mkstorm: --%s is \"%s\"; it must be %ld..%ld\n", name, optarg, least, most);
+        exit(2);
+    }
+    return v;
+}
+
 static void read_options(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"seeds", 1, NULL, 's'},  {"first", 1, NULL, 'f'},   {"world", 1, NULL, 'w'}, {"faults", 0, NULL, 'F'},
-        {"fault", 1, NULL, 'n'},  {"jobs", 1, NULL, 'j'},    {"list", 0, NULL, 'l'},  {"verbose", 0, NULL, 'v'},
-        {"help", 0, NULL, 'h'},   {NULL, 0, NULL, 0},
+        {"seeds", 1, NULL, 's'}, {"first", 1, NULL, 'f'},   {"world", 1, NULL, 'w'},
+        {"every", 1, NULL, 'e'}, {"faults", 0, NULL, 'F'},  {"fault", 1, NULL, 'n'},
+        {"jobs", 1, NULL, 'j'},  {"verbose", 0, NULL, 'v'}, {"list", 0, NULL, 'l'},
+        {"help", 0, NULL, 'h'},  {NULL, 0, NULL, 0},
     };
     int c;
 
     opt.jobs = (int) sysconf(_SC_NPROCESSORS_ONLN);
     while ((c = getopt_long(argc, argv, "", options, NULL)) != -1)
         switch (c) {
-        case 's': opt.seeds = atol(optarg); break;
-        case 'f': opt.first = atol(optarg); break;
-        case 'w': opt.world = atoi(optarg); break;
+        case 's': opt.seeds = number("seeds", 0, 1000000000); break;
+        case 'f': opt.first = number("first", 0, 1000000000); break;
+        case 'w': opt.world = (int) number("world", 0, WORLDS - 1); break;
+        case 'e': opt.every = (int) number("every", 1, WORLDS); break;
         case 'F': opt.faults = 1; break;
         case 'n': opt.fault = optarg; opt.faults = 1; break;
-        case 'j': opt.jobs = atoi(optarg); break;
+        case 'j': opt.jobs = (int) number("jobs", 1, 1000); break;
         case 'v': opt.verbose = 1; break;
         case 'l': list(); exit(0);
         case 'h': usage(stdout); exit(0);
         default: usage(stderr); exit(2);
         }
-    if (optind < argc || opt.jobs < 1 || opt.world >= WORLDS) {
+    if (optind < argc) {
         usage(stderr);
         exit(2);
     }

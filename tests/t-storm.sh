@@ -23,10 +23,10 @@ run()
     echo "== $what: $(($(date +%s) - begin)) s"
 }
 
-run 'schedules' mkstorm --seeds 6
+run 'schedules' mkstorm --seeds 4
 run 'planted faults' mkstorm --faults
-run 'address and undefined-behaviour sanitizers' mkstorm-asan --seeds 1
-run 'undefined-behaviour sanitizer alone' mkstorm-ubsan --seeds 1 --world 0
-run 'thread sanitizer' mkstorm-tsan --seeds 1
+run 'address and undefined-behaviour sanitizers' mkstorm-asan --every 2 --seeds 1
+run 'undefined-behaviour sanitizer alone' mkstorm-ubsan --world 5 --seeds 1
+run 'thread sanitizer' mkstorm-tsan --every 2 --seeds 1
 run 'planted races' mkstorm-tsan --faults
 exit $failed

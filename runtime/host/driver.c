@@ -57,12 +57,38 @@ static void *arguments[1];
 static char argument_bytes[4096];
 static char first_line[512];
 
+/* ---- Guards: bytes behind each buffer that nobody may write ------------------ */
+
+enum { GUARD = 8192, GUARD_BYTE = 0xa5 };
+static struct buffer {
+    struct buffer *next;
+    unsigned char *memory;
+    size_t bytes;
+} *buffers;
+
+/* AddressSanitizer has guards of its own, and tells at once. */
+static size_t guard_bytes(void)
+{
+    return __asan_region_is_poisoned ? 0 : GUARD;
+}
+
+static void check_guards(void)
+{
+    for (const struct buffer *b = buffers; b; b = b->next)
+        for (size_t i = 0; i < guard_bytes(); i++)
+            if (b->memory[b->bytes + i] != GUARD_BYTE) {
+                fail_launch("a store %zu bytes behind the end of a buffer of %zu", i, b->bytes);
+                return;
+            }
+}
+
 /* ---- Launches ------------------------------------------------------------- */
 
 /* Let the launch at work go on for STEPS decisions (0: to its end). */
 static int go_on(int64_t steps)
 {
     if (!broken && started != ended && machine_run(steps)) {
+        check_guards();
         ended = started;
         broken = machine.failed;
     }
@@ -308,20 +334,32 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, struct function *f, int 
 
 int cuMemAlloc_v2(device_pointer *p, size_t bytes)
 {
-    void *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    struct buffer *b = calloc(1, sizeof *b);
+    unsigned char *memory = b ? aligned_alloc(256, (bytes + guard_bytes() + 255) / 256 * 256) : NULL;
 
     *p = (device_pointer) (uintptr_t) memory;
-    if (!memory)
+    if (!memory) {
+        free(b);
         return OUT_OF_MEMORY;
+    }
     memset(memory, 0xff, bytes);
+    memset(memory + bytes, GUARD_BYTE, guard_bytes());
+    *b = (struct buffer) {buffers, memory, bytes};
+    buffers = b;
     return DONE;
 }
 
 int cuMemFree_v2(device_pointer p)
 {
     finish();
-    free((void *) (uintptr_t) p);
-    return DONE;
+    for (struct buffer **at = &buffers, *b; (b = *at); at = &b->next)
+        if ((device_pointer) (uintptr_t) b->memory == p) {
+            *at = b->next;
+            free(b->memory);
+            free(b);
+            return DONE;
+        }
+    return INVALID_VALUE;
 }
 
 int cuMemHostAlloc(void **p, size_t bytes, unsigned flags)

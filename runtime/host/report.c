@@ -246,7 +246,7 @@ static void set_report(const char *format, va_list args)
     if (l->warp && strcmp(format, "deadlock") && strcmp(format, "no word changes any more"))
         put_wait(f, l, 1);
     waiting = machine.stalls || !l->warp ? report_waiting() : NULL;
-    if (waiting)
+    if (waiting && *waiting)
         fprintf(f, "  nothing went on any more:\n%s", waiting);
     free(waiting);
     fclose(f);
