@@ -23,7 +23,7 @@ run()
     echo "== $what: $(($(date +%s) - begin)) s"
 }
 
-run 'schedules' mkstorm --seeds 4
+run 'schedules' mkstorm --seeds 2
 run 'planted faults' mkstorm --faults
 run 'address and undefined-behaviour sanitizers' mkstorm-asan --every 2 --seeds 1
 run 'undefined-behaviour sanitizer alone' mkstorm-ubsan --world 5 --seeds 1
