@@ -291,6 +291,7 @@ static void test_full(struct world *w)
 struct taken {
     int32_t token[MOST_STEPS];
     int n, stop_after;
+    struct rt_session *cancel; /* to be cancelled with the stop; or NULL */
 };
 
 static int take(void *user, int32_t token)
@@ -298,6 +299,8 @@ static int take(void *user, int32_t token)
     struct taken *t = user;
 
     t->token[t->n++] = token;
+    if (t->cancel && t->n == t->stop_after)
+        rt_session_cancel(t->cancel);
     return t->n == t->stop_after;
 }
 
@@ -363,6 +366,10 @@ static void test_stopping(struct world *w)
     CHECKF(done == first + 1, "%s: stopped after %d, not %d", w->name, done, first + 1);
     job.n_stop = 0, some.n = 0, some.stop_after = few;
     CHECK(rt_session_decode(w->session, &job, &done, &err) == 0 && done == few);
+    some.n = 0, some.cancel = w->session; /* a cancel and a stop at once: the cancel is not lost */
+    CHECK(rt_session_decode(w->session, &job, &done, &err) == 0 && done == few);
+    CHECK(rt_session_cancelled(w->session) == 1);
+    some.n = 0, some.cancel = NULL;
     rt_session_cancel(w->session);
     CHECK(rt_session_decode(w->session, &job, &done, &err) == MK_ECANCELED && done == 0);
     CHECK(rt_session_cancelled(w->session) == 1 && rt_session_cancelled(w->session) == 0);
