@@ -25,8 +25,8 @@ run()
 
 run 'schedules' mkstorm --seeds 2
 run 'planted faults' mkstorm --faults
-run 'address and undefined-behaviour sanitizers' mkstorm-asan --every 2 --seeds 1
+run 'address and undefined-behaviour sanitizers' mkstorm-asan --every 4 --seeds 1
 run 'undefined-behaviour sanitizer alone' mkstorm-ubsan --world 5 --seeds 1
-run 'thread sanitizer' mkstorm-tsan --every 2 --seeds 1
+run 'thread sanitizer' mkstorm-tsan --every 4 --seeds 1
 run 'planted races' mkstorm-tsan --faults
 exit $failed
