@@ -213,7 +213,7 @@ static void check_together(void)
 enum { PATTERN = 1024, MATRIX = 96 * 1024, SHARED = PATTERN + 2 * MATRIX };
 
 /* A layout of a matrix whose rows are m or n: where element (row, k) lies, in bytes from the
-   matrix's start, which is a multiple of 1024.  The canonical layouts, 9.7.15.5.1.2.1. */
+   matrix's start, which is a multiple of 1024.  The canonical layouts, 9.7.15.5.1.2.1.3. */
 struct layout {
     int swizzle, trans;
     uint32_t leading, stride;

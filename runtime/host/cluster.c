@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-/* An address of the shared::cluster window (4.1.4, 5.1.7) has 1 + the rank of its CTA in the upper byte,
+/* An address of the shared::cluster window (5.1.7) has 1 + the rank of its CTA in the upper byte,
    one of the CTA's own window has 0 there. */
 enum { RANK_SHIFT = 24 };
 
@@ -24,7 +24,7 @@ uint32_t mkhost_cluster_rank(void)
     return (unsigned) ENTER("%cluster_ctarank", NULL)->warp->cta->index % machine.cluster;
 }
 
-/* ---- The barrier: barrier.cluster (9.7.13.4) -------------------------------- */
+/* ---- The barrier: barrier.cluster -------------------------------------------- */
 
 static unsigned live_threads(const struct cta *cta)
 {
@@ -72,7 +72,7 @@ void cluster_leave(struct lane *l)
     end_phase(cta);
 }
 
-/* barrier.cluster.arrive.release: what came before is seen by the cluster after its wait. */
+/* barrier.cluster.arrive.release (9.7.13.3): what came before is seen by the cluster after its wait. */
 void mkhost_cluster_arrive(void)
 {
     struct lane *l = ENTER("barrier.cluster.arrive", NULL);
@@ -90,7 +90,7 @@ void mkhost_cluster_arrive(void)
     end_phase(cta);
 }
 
-/* barrier.cluster.wait.acquire. */
+/* barrier.cluster.wait.acquire (9.7.13.3). */
 void mkhost_cluster_wait(void)
 {
     struct lane *l = ENTER("barrier.cluster.wait", NULL);
@@ -178,7 +178,7 @@ void mkhost_push(uint32_t dst, const uint32_t *v, uint32_t mbarrier)
     start_bulk(c);
 }
 
-/* fence.mbarrier_init.release.cluster (9.7.13.5): other CTAs see the mbarriers that this thread made. */
+/* fence.mbarrier_init.release.cluster (9.7.13.4): other CTAs see the mbarriers that this thread made. */
 void mkhost_fence_mbarrier_init(void)
 {
     struct lane *l = ENTER("fence.mbarrier_init", NULL);

@@ -48,6 +48,7 @@ static void arrive(const struct cta *cta, struct mbarrier *b)
     end_phase(cta, b);
 }
 
+/* mbarrier.init (9.7.13.15.9). */
 void mkhost_mbarrier_init(uint64_t *word, uint32_t count)
 {
     struct lane *l = ENTER("mbarrier.init", word);
@@ -64,7 +65,7 @@ void mkhost_mbarrier_init(uint64_t *word, uint32_t count)
         (struct mbarrier) {.word = word, .expected = count, .pending = count, .maker = l};
 }
 
-/* mbarrier.arrive, with EXPECT bytes mbarrier.arrive.expect_tx. */
+/* mbarrier.arrive, with EXPECT bytes mbarrier.arrive.expect_tx (9.7.13.15.13). */
 void mkhost_mbarrier_arrive(uint64_t *word, uint32_t expect)
 {
     struct lane *l = ENTER("mbarrier.arrive", word);
@@ -91,7 +92,7 @@ static int is_known(const struct lane *l, const struct mbarrier *b)
            (l->passed == b && l->passed_phase == b->phase);
 }
 
-/* test_wait and try_wait: did the phase of PARITY end?  Both may say so late. */
+/* test_wait and try_wait (9.7.13.15.16): did the phase of PARITY end?  Both may say so late. */
 _Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
 {
     struct lane *l = ENTER("mbarrier.test_wait", word);
@@ -111,7 +112,7 @@ _Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
     return 1;
 }
 
-/* fence.proxy.async (9.7.13.5): the engine sees the mbarriers that this thread made, and wgmma what was
+/* fence.proxy.async (9.7.13.4): the engine sees the mbarriers that this thread made, and wgmma what was
    written. */
 void mkhost_fence_async_proxy(void)
 {
@@ -124,7 +125,7 @@ void mkhost_fence_async_proxy(void)
     proxy_fence(cta);
 }
 
-/* ---- The copy engine: cp.async.bulk (9.7.9.25.5) -------------------------- */
+/* ---- The copy engine: bulk copies (9.7.9.25.4) ---------------------------- */
 
 static int overlap(const char *a, uint32_t a_bytes, const char *b, uint32_t b_bytes)
 {
@@ -165,6 +166,7 @@ void start_bulk(struct bulk c)
     c.cta->copies++;
 }
 
+/* cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes (9.7.9.25.4.1). */
 void mkhost_copy_bulk(void *dst, const void *src, uint32_t bytes, uint64_t *word)
 {
     struct lane *l = ENTER("cp.async.bulk", dst);
@@ -258,6 +260,7 @@ static void land_lane_copy(struct lane *l, int i)
     memcpy(c.dst + c.bytes, zeros, 16 - c.bytes);
 }
 
+/* cp.async.cg.shared.global (9.7.9.25.3.1) of 16 bytes: BYTES from SRC, then zeros. */
 void mkhost_copy16(uint32_t dst, const void *src, uint32_t bytes)
 {
     struct lane *l = ENTER("cp.async", NULL);
@@ -276,12 +279,13 @@ void mkhost_copy16(uint32_t dst, const void *src, uint32_t bytes)
     add_lane_copy(l, (struct lane_copy) {NULL, to, src, bytes, l->group});
 }
 
+/* cp.async.commit_group (9.7.9.25.3.2). */
 void mkhost_copy_commit(void)
 {
     ENTER("cp.async.commit_group", NULL)->group++;
 }
 
-/* At most GROUPS groups of this thread are on their way then. */
+/* cp.async.wait_group (9.7.9.25.3.3): at most GROUPS groups of this thread are on their way then. */
 void mkhost_copy_wait(uint32_t groups)
 {
     struct lane *l = ENTER("cp.async.wait_group", NULL);
@@ -293,7 +297,7 @@ void mkhost_copy_wait(uint32_t groups)
             i++;
 }
 
-/* cp.async.mbarrier.arrive.noinc (9.7.13.15.17). */
+/* cp.async.mbarrier.arrive.noinc (9.7.13.15.15). */
 void mkhost_copy_arrive(uint64_t *word)
 {
     struct lane *l = ENTER("cp.async.mbarrier.arrive", word);

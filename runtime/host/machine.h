@@ -6,7 +6,7 @@
      cluster.c  CTAs that reach each other's shared memory       wgmma.c   products of warpgroups
      report.c   what a stuck or misused machine says
      fiber.c    stacks and switches        driver.c  the CUDA driver API on top
-   Numbers like 9.7.13.15 are sections of the PTX ISA manual, version 9.2. */
+   Numbers like 9.7.13.15 are sections of the PTX ISA manual, version 9.2 (that of CUDA 13.2). */
 #ifndef HOST_MACHINE_H
 #define HOST_MACHINE_H
 #include <stdarg.h>

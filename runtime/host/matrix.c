@@ -196,7 +196,7 @@ static enum host_wgmma_result decode(uint64_t descriptor, int transposed, struct
 }
 
 /* Where 8 elements lie that follow each other in memory: LINE counts along the other dimension,
-   GROUP eights along this one.  The canonical layouts of 9.7.15.5.1.2.1: eight lines are a group
+   GROUP eights along this one.  The canonical layouts of 9.7.15.5.1.2.1.3: eight lines are a group
    of lines; each line of a group is 16 bytes without swizzle, else as wide as the pattern. */
 static uint32_t place(const struct matrix *m, int line, int group)
 {

@@ -5,8 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* fp16 (BF16 0) and bf16 (1), from bits and to bits as cvt.rn does: to nearest even, subnormals
-   kept, too large becomes infinite, NaN becomes 7fff. */
+/* fp16 (BF16 0) and bf16 (1), from bits and to bits as cvt.rn (9.7.9.21) does: to nearest even,
+   subnormals kept, too large becomes infinite, NaN becomes 7fff. */
 float host_to_float(int bf16, uint16_t x);
 uint16_t host_from_float(int bf16, float x);
 

@@ -177,7 +177,7 @@ static void *clock_of(const void *p)
     return &clocks[((uintptr_t) p / 4 * 0x9E3779B97F4A7C15ull >> 40) % CLOCKS];
 }
 
-/* A relaxed load acquires when a fence follows (8.9.4). */
+/* A relaxed load acquires when a fence follows (8.8). */
 static void remember_seen(struct lane *l, const void *p)
 {
     if (!__tsan_acquire)
@@ -216,7 +216,7 @@ static void check_address(const void *p, uint32_t bytes)
 
 /* ---- The primitives ------------------------------------------------------- */
 
-/* A weak store follows (8.2.1: a vector is that many scalars, in no order). */
+/* A weak store follows (st, 9.7.9.11; 8.2.4: a vector is that many scalars, in no order). */
 void mkhost_delay(void *p, uint32_t bytes)
 {
     struct lane *l = ENTER("a store", p);
@@ -228,7 +228,8 @@ void mkhost_delay(void *p, uint32_t bytes)
             hold_back(l, (char *) p + at, scalar, 0);
 }
 
-/* st.relaxed or st.release (9.7.9.12); ATOM bytes at a time are seen at once (8.2.2: .b128 is one). */
+/* st.relaxed or st.release (9.7.9.11); ATOM bytes at a time are seen at once (8.10.3; .b128 is one type,
+   5.2.1). */
 void mkhost_store(void *p, const void *v, uint32_t bytes, uint32_t atom, int is_release)
 {
     struct lane *l = ENTER("a strong store", p);
@@ -268,7 +269,7 @@ void mkhost_load(const void *p, void *v, uint32_t bytes, int is_acquire)
         remember_seen(l, p);
 }
 
-/* red.release.add (9.7.13.8): atomics are performed at once, where all CTAs meet. */
+/* red.release.add (9.7.13.6): atomics are performed at once, where all CTAs meet. */
 uint32_t mkhost_add_release(uint32_t *p, uint32_t v)
 {
     struct lane *l = ENTER("red.release.add", p);
@@ -283,7 +284,7 @@ uint32_t mkhost_add_release(uint32_t *p, uint32_t v)
     return before;
 }
 
-/* atom.cas of 0 and 1 (9.7.13.7). */
+/* atom.cas of 0 and 1 (9.7.13.5). */
 _Bool mkhost_claim(uint32_t *p)
 {
     struct lane *l = ENTER("atom.cas", p);
@@ -298,7 +299,7 @@ _Bool mkhost_claim(uint32_t *p)
     return !before;
 }
 
-/* fence.acq_rel (9.7.13.5). */
+/* fence.acq_rel (9.7.13.4). */
 void mkhost_fence(int scope)
 {
     struct lane *l = ENTER("a fence", NULL);
@@ -314,7 +315,8 @@ void mkhost_fence(int scope)
     }
 }
 
-/* Flags and counts in shared memory: the kernel reads and writes them itself, for the sanitizers. */
+/* Flags and counts in shared memory: the kernel reads and writes them itself, for the sanitizers.  Before
+   ld.relaxed.cta.shared (9.7.9.8). */
 void mkhost_poll(const void *p)
 {
     struct lane *l = ENTER("a flag", p);
@@ -323,6 +325,7 @@ void mkhost_poll(const void *p)
     remember_seen(l, p);
 }
 
+/* Before st.relaxed.cta.shared (9.7.9.11) or atom.shared.add (9.7.13.5). */
 void mkhost_publish(void *p)
 {
     struct lane *l = ENTER("a flag", p);
@@ -340,7 +343,7 @@ void mkhost_changed(void *p)
     changed(p);
 }
 
-/* %globaltimer (10.27): it moves, by no fixed step. */
+/* %globaltimer (10.28): it moves, by no fixed step. */
 uint64_t mkhost_timer(void)
 {
     struct lane *l = ENTER("the clock", &machine.clock_ns);
@@ -349,7 +352,7 @@ uint64_t mkhost_timer(void)
     return machine.clock_ns;
 }
 
-/* trap (9.7.19.5). */
+/* trap (9.7.19.4). */
 void mkhost_trap(void)
 {
     ENTER("trap", NULL);

@@ -183,16 +183,19 @@ void mkhost_barrier(unsigned id, unsigned threads)
 
 /* ---- Conversions ---------------------------------------------------------- */
 
+/* cvt.rn.f16.f32 (9.7.9.21). */
 uint16_t mkhost_to_fp16(float x)
 {
     return host_from_float(0, x);
 }
 
+/* cvt.f32.f16 (9.7.9.21). */
 float mkhost_from_fp16(uint16_t x)
 {
     return host_to_float(0, x);
 }
 
+/* cvt.rn.bf16x2.f32 (9.7.9.21), one half of it. */
 uint16_t mkhost_to_bf16(float x)
 {
     return host_from_float(1, x);
