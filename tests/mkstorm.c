@@ -91,6 +91,20 @@ const char *__tsan_default_options(void)
     return "exitcode=0:history_size=0:report_thread_leaks=0:die_after_fork=0";
 }
 
+/* ---- Epochs ----------------------------------------------------------------- */
+
+/* The engine fills the exchange with 0xff when a session begins, and when epochs start over.  The linker
+   brings its call here (Makefile.am). */
+static int fills;
+
+int __real_rt_device_set(struct rt_device *d, rt_ptr dst, unsigned char value, size_t bytes, struct mk_err *err);
+int __wrap_rt_device_set(struct rt_device *d, rt_ptr dst, unsigned char value, size_t bytes, struct mk_err *err);
+int __wrap_rt_device_set(struct rt_device *d, rt_ptr dst, unsigned char value, size_t bytes, struct mk_err *err)
+{
+    fills += value == 0xff;
+    return __real_rt_device_set(d, dst, value, bytes, err);
+}
+
 /* ---- One episode ------------------------------------------------------------ */
 
 struct result { /* every bit that the kernels gave */
@@ -114,6 +128,7 @@ static int take(void *user, int32_t token)
 }
 
 struct stage {
+    const struct world *world;
     struct gen_model model;
     struct rt_weights *weights;
     struct rt_engine *engine;
@@ -197,9 +212,10 @@ static int play_ends(struct stage *s, struct result *r, struct mk_err *err)
 static int play(struct stage *s, struct result *r, struct mk_err *err)
 {
     static float logits[STEPS * MOST_V];
+    const int wraps = strstr(s->world->settings, "epoch0=") != NULL, before = fills;
     struct taken t = {.token = r->tokens};
     struct rt_decode job = {.token = s->prompt[PROMPT - 1], .pos = PROMPT - 1, .n = STEPS, .top_p = 1};
-    int done, rc = poison(s, err);
+    int done, rc = poison(s, err), early;
 
     memset(r, 0, sizeof *r);
     if (rc == 0)
@@ -207,6 +223,7 @@ static int play(struct stage *s, struct result *r, struct mk_err *err)
     job.logits = logits;
     if (rc == 0)
         rc = decode(s, job, &t, err);
+    early = fills - before;
     compact(s, logits, r->logits, STEPS);
     if (rc == 0)
         rc = read_kv(s, r, err);
@@ -218,7 +235,11 @@ static int play(struct stage *s, struct result *r, struct mk_err *err)
         rc = decode(s, job, &t, err);
         compact(s, logits, r->sampled_logits[k], SAMPLED);
     }
-    return rc ? rc : play_ends(s, r, err);
+    rc = rc ? rc : play_ends(s, r, err);
+    if (rc == 0 && (early || fills - before != wraps))
+        rc = gen_fail(err, MK_EDEVICE, "epochs started over %d times in the first run and %d times in all",
+                      early, fills - before);
+    return rc;
 }
 
 /* ---- Opening and closing ---------------------------------------------------- */
@@ -230,6 +251,15 @@ static void stage_close(struct stage *s)
     rt_weights_close(s->weights);
 }
 
+/* A session in which nothing has run: every seed begins with one, and so with the world's first epoch. */
+static int stage_renew(struct stage *s, struct mk_err *err)
+{
+    rt_session_free(s->session);
+    s->session = NULL;
+    rt_device_seed(rt_engine_device(s->engine), 0);
+    return rt_session_make(s->engine, CONTEXT, &s->session, err);
+}
+
 static int stage_open(const struct world *w, struct stage *s, struct mk_err *err)
 {
     const char *srcdir = getenv("srcdir") ? getenv("srcdir") : access("../tests/toy", R_OK) ? "tests" : "../tests";
@@ -238,6 +268,7 @@ static int stage_open(const struct world *w, struct stage *s, struct mk_err *err
     int rc;
 
     memset(s, 0, sizeof *s);
+    s->world = w;
     snprintf(path, sizeof path, "%s/toy/%s", srcdir, w->model);
     snprintf(device, sizeof device, "host:%s", w->arch);
     rc = gen_model_read(path, &s->model, err);
@@ -245,10 +276,8 @@ static int stage_open(const struct world *w, struct stage *s, struct mk_err *err
         rc = rt_weights_random(&s->model, 7, &s->weights, err);
     if (rc == 0)
         rc = rt_engine_open(&s->model, s->weights, &options, &s->engine, err);
-    if (rc == 0) {
-        rt_device_seed(rt_engine_device(s->engine), 0);
-        rc = rt_session_make(s->engine, CONTEXT, &s->session, err);
-    }
+    if (rc == 0)
+        rc = stage_renew(s, err);
     for (int i = 0; rc == 0 && i < PROMPT; i++)
         s->prompt[i] = (int32_t) (rt_sample_hash(3, (uint32_t) i, 0) % (uint64_t) s->model.V);
     return rc;
@@ -346,8 +375,9 @@ static int run_seed(struct stage *s, long seed, const struct result *want, char 
     const int before = races;
     int rc;
 
+    rc = stage_renew(s, &err);
     rt_device_seed(d, (uint64_t) seed);
-    rc = play(s, &got, &err);
+    rc = rc ? rc : play(s, &got, &err);
     *why = 0;
     if (rc)
         snprintf(why, size, "%s", *rt_device_report(d) ? rt_device_report(d) : err.text);
