@@ -6,6 +6,7 @@
 #include "config.h"
 
 #include <dlfcn.h>
+#include <errno.h>
 #include <getopt.h>
 #include <stdint.h>
 #include <sys/wait.h>
@@ -360,10 +361,9 @@ static double seconds(void)
     return (double) t.tv_sec + (double) t.tv_nsec * 1e-9;
 }
 
-static void print_replay(const struct world *w, long seed, const char *fault)
+static void print_replay(const struct world *w, long seed)
 {
-    printf("  replay: tests/mkstorm --world %d --first %ld --seeds 1%s%s\n", (int) (w - worlds), seed,
-           fault ? " --fault " : "", fault ? fault : "");
+    printf("  replay: %s --world %d --first %ld --seeds 1\n", program_invocation_name, (int) (w - worlds), seed);
 }
 
 /* One seed against WANT; 1 and why when it failed. */
@@ -419,13 +419,13 @@ static int run_world(const struct world *w, long first, long n)
     snprintf(why, sizeof why, "%s", failed ? err.text : "");
     if (failed || calm_run(&s, &want, why, sizeof why)) {
         printf("FAILED %s %s %s, calm: %s\n", w->model, w->arch, w->settings, why);
-        print_replay(w, 0, NULL);
+        print_replay(w, 1);
         failed = 1;
     }
     for (long seed = first; !failed && seed < first + n; seed++)
         if (run_seed(&s, seed, &want, why, sizeof why)) {
             printf("FAILED %s %s %s, seed %ld: %s\n", w->model, w->arch, w->settings, seed, why);
-            print_replay(w, seed, NULL);
+            print_replay(w, seed);
             failed = 1;
         }
     if (!failed)
