@@ -53,6 +53,19 @@ TEST(misuse_shuffle)
     args.out[16 + threadIdx.x] = __shfl_xor_sync(~0u, threadIdx.x, 1);
 }
 
+// One byte behind shared memory, of which the test gives 22 KiB, and one behind a buffer of 128 KiB.
+TEST(misuse_shared_end)
+{
+    if (threadIdx.x == 5)
+        mkhost_now->shared[22 << 10] = 0;
+}
+
+TEST(misuse_buffer_end)
+{
+    if (threadIdx.x == 5)
+        ((unsigned char *)args.out)[128 << 10] = 0;
+}
+
 // ---- Copies
 
 // The copy engine has not been told of the mbarrier.

@@ -57,29 +57,23 @@ static void *arguments[1];
 static char argument_bytes[4096];
 static char first_line[512];
 
-/* ---- Guards: bytes behind each buffer that nobody may write ------------------ */
+/* ---- Buffers ---------------------------------------------------------------- */
 
-enum { GUARD = 8192, GUARD_BYTE = 0xa5 };
 static struct buffer {
     struct buffer *next;
-    unsigned char *memory;
+    char *memory;
     size_t bytes;
 } *buffers;
 
-/* AddressSanitizer has guards of its own, and tells at once. */
-static size_t guard_bytes(void)
-{
-    return __asan_region_is_poisoned ? 0 : GUARD;
-}
-
 static void check_guards(void)
 {
-    for (const struct buffer *b = buffers; b; b = b->next)
-        for (size_t i = 0; i < guard_bytes(); i++)
-            if (b->memory[b->bytes + i] != GUARD_BYTE) {
-                fail_launch("a store %zu bytes behind the end of a buffer of %zu", i, b->bytes);
-                return;
-            }
+    for (const struct buffer *b = buffers; b; b = b->next) {
+        const size_t behind = check_guard(b->memory, b->bytes);
+        if (behind) {
+            fail_launch("a store %zu bytes behind the end of a buffer of %zu", behind - 1, b->bytes);
+            return;
+        }
+    }
 }
 
 /* ---- Launches ------------------------------------------------------------- */
@@ -330,20 +324,18 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, struct function *f, int 
     return DONE;
 }
 
-/* ---- Memory: the host's; what nobody wrote is NaN in every format ----------- */
+/* ---- Memory: the host's ------------------------------------------------------- */
 
 int cuMemAlloc_v2(device_pointer *p, size_t bytes)
 {
     struct buffer *b = calloc(1, sizeof *b);
-    unsigned char *memory = b ? aligned_alloc(256, (bytes + guard_bytes() + 255) / 256 * 256) : NULL;
+    char *memory = b ? guarded_alloc(bytes) : NULL;
 
     *p = (device_pointer) (uintptr_t) memory;
     if (!memory) {
         free(b);
         return OUT_OF_MEMORY;
     }
-    memset(memory, 0xff, bytes);
-    memset(memory + bytes, GUARD_BYTE, guard_bytes());
     *b = (struct buffer) {buffers, memory, bytes};
     buffers = b;
     return DONE;

@@ -52,6 +52,37 @@ static void draw_weights(void)
         machine.warps[i]->weight = machine.redraw ? weights[machine_random(7)] : 1;
 }
 
+/* ---- Memory --------------------------------------------------------------- */
+
+enum { GUARD = 8192, GUARD_BYTE = 0xa5 };
+
+/* AddressSanitizer has guards of its own, right behind the last byte, and tells at once. */
+static size_t guard_bytes(void)
+{
+    return __asan_region_is_poisoned ? 0 : GUARD;
+}
+
+void *guarded_alloc(size_t bytes)
+{
+    void *memory;
+
+    if (posix_memalign(&memory, 4096, bytes + guard_bytes()))
+        return NULL;
+    memset(memory, 0xff, bytes);
+    memset((char *) memory + bytes, GUARD_BYTE, guard_bytes());
+    return memory;
+}
+
+size_t check_guard(const void *memory, size_t bytes)
+{
+    const unsigned char *guard = (const unsigned char *) memory + bytes;
+
+    for (size_t i = 0; i < guard_bytes(); i++)
+        if (guard[i] != GUARD_BYTE)
+            return 1 + i;
+    return 0;
+}
+
 /* ---- CTAs ----------------------------------------------------------------- */
 
 static void run_lane(void);
@@ -79,15 +110,13 @@ static void start_lane(struct warp *w, int i)
     fiber_start(&l->fiber, run_lane);
 }
 
-/* Shared memory holds what nobody wrote: NaN in every format. */
 static int start_cta(struct cta *c)
 {
     c->index = (int) machine.next++;
     free(c->shared);
-    c->shared = aligned_alloc(1024, (machine.smem + 2047) / 1024 * 1024);
+    c->shared = guarded_alloc(machine.smem);
     if (!c->shared)
         return -1;
-    memset(c->shared, 0xff, (machine.smem + 2047) / 1024 * 1024);
     memset(c->barriers, 0, sizeof c->barriers);
     memset(&c->cluster, 0, sizeof c->cluster);
     c->generation = 0;
@@ -269,6 +298,9 @@ static void run_lane(void)
     if (c->live == 0) {
         if (c->copies)
             misuse("a CTA ends with %d copies on their way into its shared memory", c->copies);
+        if (check_guard(c->shared, machine.smem))
+            misuse("a store %zu bytes behind the end of the %u of shared memory",
+                   check_guard(c->shared, machine.smem) - 1, machine.smem);
         settle_all(c);
         mbarrier_free(c);
         machine.gone++;

@@ -188,6 +188,12 @@ extern struct machine machine;
 
 /* ---- machine.c ---- */
 
+/* BYTES from a multiple of 4096 on, all 0xff: NaN in every format, which is what nobody wrote.  Behind them
+   are guards, which check_guard looks at: 0, or 1 + how far behind the end a byte was written.  Addresses
+   are the same modulo 4096 in every run, and so the schedule is.  NULL: no memory. */
+void *guarded_alloc(size_t bytes);
+size_t check_guard(const void *memory, size_t bytes);
+
 /* Start ENTRY in GRID blocks of BLOCK threads, RESIDENT of them at once; ARGS must live until it ends.
    Returns 0, or -1 without memory.  Nothing runs before machine_run. */
 int machine_launch(const char *name, void (*entry)(void **), void **args, unsigned grid, unsigned block,
