@@ -319,6 +319,8 @@ static const struct prims_test prims_tests[] = {
     {"test_release", 75, 4, 64, 0, 0, 0, zero256},
     {"test_fence", 75, 4, 64, 0, 0, 0, zero256},
     {"test_grid", 75, 4, 64, 0, 0, 0, zero256},
+    {"test_own_copies", 75, 4, 64, 0, 0, 0, zero256},
+    {"test_same_words", 75, 4, 64, 0, 0, 0, zero256},
     {"test_claim", 75, 4, 64, 0, 0, 0, claim},
     {"test_system", 75, 4, 64, 0, 0, 0, system_words},
     {"test_cluster", 90, 0, 64, 1, 0, 0, cluster},

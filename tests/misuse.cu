@@ -92,6 +92,114 @@ TEST(misuse_leave)
     }
 }
 
+// Warp 0 writes a row to global memory, and warp 1 copies it to shared memory, reads it there and writes to that
+// place itself; again and again.  GLOBAL and SHARED: with the fences that this needs; OWN: the one for global
+// memory is that of warp 1.  Words of the result: 0.
+template <bool GLOBAL, bool SHARED, bool OWN = false>
+static __device__ __forceinline__ void copy_rows(const test_args &args)
+{
+    SHARED_MEMORY(Test_shared, m);
+    const u32 lane = threadIdx.x % 32;
+    u64 *ready = &m->barrier[0], *landed = &m->barrier[1], *free = &m->barrier[2];
+    u32 *row = args.out + 16 + TEST_EXCHANGE + blockIdx.x * 32, *copy = (u32 *)m->bytes, wrong = 0;
+    if (threadIdx.x == 0) {
+        mbarrier_init(ready, 32);
+        mbarrier_init(landed, 1);
+        mbarrier_init(free, 32);
+        fence_async_proxy();
+    }
+    __syncthreads();
+    for (u32 r = 0; r < TEST_ROUNDS; r++) {
+        if (threadIdx.x < 32) {
+            if (r > 0)
+                test_await(free, (r - 1) & 1, args.out, 1);
+            *late(row + lane) = r * 100 + lane;
+            if (GLOBAL && !OWN)
+                fence_async_global();
+            mbarrier_arrive(ready);
+        } else {
+            if (lane == 0) {
+                test_await(ready, r & 1, args.out, 2);
+                if (GLOBAL && OWN)
+                    fence_async_global();
+                mbarrier_arrive_expect(landed, 128);
+                copy_bulk(copy, row, 128, landed);
+            }
+            test_await(landed, r & 1, args.out, 3);
+            wrong += copy[lane] != r * 100 + lane;
+            copy[lane] = ~r;
+            if (SHARED)
+                fence_async_proxy();
+            __syncwarp(); // lane 0 copies next
+            mbarrier_arrive(free);
+        }
+    }
+    args.out[16 + blockIdx.x * 64 + threadIdx.x] = wrong;
+}
+
+TEST(sound_rows) { copy_rows<true, true>(args); }
+TEST(sound_own_rows) { copy_rows<true, true, true>(args); }
+TEST(misuse_rows) { copy_rows<false, true>(args); }
+TEST(misuse_refill) { copy_rows<true, false>(args); }
+
+// The fence of another kind of memory.
+TEST(misuse_other_fence)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 1);
+        for (u32 i = 0; i < 4; i++)
+            *late(args.out + 1024 + i) = i;
+        fence_async_proxy();
+        mbarrier_arrive_expect(&m->barrier[0], 16);
+        copy_bulk(m->bytes, args.out + 1024, 16, &m->barrier[0]);
+        test_await(&m->barrier[0], 0, args.out, 1);
+    }
+}
+
+// A row is written to while it is being copied.
+TEST(misuse_row_changed)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 1);
+        fence_async_proxy();
+        mbarrier_arrive_expect(&m->barrier[0], 512);
+        copy_bulk(m->bytes, args.out + 1024, 512, &m->barrier[0]);
+        *late(args.out + 1024 + 127) = 1;
+        test_await(&m->barrier[0], 0, args.out, 1);
+    }
+}
+
+// ---- Words
+
+// 2 CTAs.  Words of the result: how often 16 bytes were half of one store and half of another, when they were
+// stored as v4, and as one .b128.
+TEST(torn_words)
+{
+    uint4 *plain = (uint4 *)(args.out + 1024);
+    Word *word = (Word *)(args.out + 1028);
+    u32 torn[2] = {};
+    if (threadIdx.x)
+        return;
+    for (u32 r = 1; r <= TEST_ROUNDS * 10; r++) {
+        if (blockIdx.x == 0) {
+            *late(plain) = uint4{r, r, r, r};
+            store_word(word, r, r, r, r);
+        } else {
+            const uint4 v = *plain;
+            const Word w = load_word(word);
+            torn[0] += v.x != v.y || v.x != v.z || v.x != v.w;
+            torn[1] += w.v[0] != w.v[1] || w.v[0] != w.v[2] || w.v[0] != w.tag;
+        }
+        timer_ns();
+    }
+    if (blockIdx.x == 1) {
+        args.out[16] = torn[0];
+        args.out[17] = torn[1];
+    }
+}
+
 // ---- Clusters
 
 // CTA 1 pushes to CTA 0, which does not wait for it.

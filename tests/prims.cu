@@ -509,6 +509,47 @@ TEST(test_grid)
     args.out[16 + blockIdx.x * 64 + t] = wrong;
 }
 
+// 4 CTAs, 64 threads.  A word of each thread: 0.  A CTA copies what it has just written, which others may not
+// see yet.
+TEST(test_own_copies)
+{
+    SHARED_MEMORY(Test_shared, m);
+    const u32 t = threadIdx.x;
+    u32 *data = args.out + 16 + TEST_EXCHANGE + blockIdx.x * 64;
+    u32 wrong = 0;
+    for (u32 r = 0; r < TEST_ROUNDS; r++) {
+        *late(data + t) = r * 1000 + t;
+        __syncthreads();
+        if (t < 16)
+            copy16(shared_address(m->bytes + t * 16), data + t * 4, 16);
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+        wrong += ((const u32 *)m->bytes)[t] != r * 1000 + t;
+        __syncthreads();
+    }
+    args.out[16 + blockIdx.x * 64 + t] = wrong;
+}
+
+// 4 CTAs, 64 threads.  A word of each thread: 0.  All store to the same words; none sees what was there before it
+// has stored.
+TEST(test_same_words)
+{
+    const u32 t = threadIdx.x, n = gridDim.x;
+    Word *words = (Word *)(args.out + 16 + TEST_EXCHANGE);
+    u32 wrong = 0;
+    for (u32 r = 1; r <= TEST_ROUNDS; r++) {
+        store_word(words + t, r * n + blockIdx.x, t, ~t, r);
+        for (u32 i = 0; i < 4; i++) // its own, or a later one
+            wrong += load_word(words + t).v[0] / n != r;
+        test_grid_barrier(args.out, (r * 2 - 1) * n);
+        const Word w = load_word(words + t);
+        wrong += w.v[0] / n != r || w.v[1] != t || w.v[2] != ~t || w.tag != r;
+        test_grid_barrier(args.out, r * 2 * n);
+    }
+    args.out[16 + blockIdx.x * 64 + t] = wrong;
+}
+
 // 4 CTAs, 64 threads.  Word 512: 1, claimed; word 513: 1, by one.
 TEST(test_claim)
 {

@@ -199,6 +199,14 @@ static const struct misuse misuses[] = {
      {"cp.async.bulk with an mbarrier that no fence.proxy.async followed",
       "CTA 0 warp 0, 1 lane from 0: asks for cp.async.bulk, shared memory + 0"}},
     {"misuse_leave", 1, 32, {"a CTA ends with 1 copies on their way into its shared memory", "CTA 0 warp 0, 1 lane"}},
+    {"misuse_rows", 1, 64,
+     {"cp.async.bulk of 128 bytes from ", ": byte 0 was written by CTA 0 warp 0 lane 0, with no "
+      "fence.proxy.async.global after it (misuse_rows, ", "CTA 0 warp 1, 1 lane from 0: asks for cp.async.bulk"}},
+    {"misuse_other_fence", 1, 64, {"byte 0 was written by CTA 0 warp 0 lane 0, with no fence.proxy.async.global"}},
+    {"misuse_refill", 1, 64,
+     {"cp.async.bulk to shared memory + 0: byte 0 was written to with no fence.proxy.async after it",
+      "CTA 0 warp 1, 1 lane from 0: asks for cp.async.bulk"}},
+    {"misuse_row_changed", 1, 32, {"was written by CTA 0 warp 0 lane 0 while a cp.async.bulk copied it"}},
     {"misuse_push", 2, 64, {"CTA", " end", "on their way into its shared memory"}},
     {"misuse_init", 2, 64,
      {"st.async with an mbarrier that no fence.mbarrier_init followed", "CTA 1 warp 0, 1 lane from 0: asks for st.async"}},
@@ -271,6 +279,34 @@ static void test_early_sums(struct place *p)
     }
 }
 
+/* Rows that the copy engine brings; all words of all threads are 0. */
+static void test_rows(struct place *p, const char *name)
+{
+    static uint32_t in[PRIMS_IN], out[PRIMS_OUT];
+
+    for (int seed = 0; seed <= SEEDS * 4; seed++) {
+        rt_device_seed(p->d, (uint64_t) seed);
+        CHECKF(launch(p, name, 3, 64, 0, in, out) == 0, "seed %d: %s\n%s", seed, err.text, rt_device_report(p->d));
+        for (int t = 0; t < 3 * 64; t++)
+            CHECK(out[PRIMS_FIRST + t] == 0);
+    }
+}
+
+static void test_torn(struct place *p)
+{
+    static uint32_t in[PRIMS_IN], out[PRIMS_OUT];
+    uint32_t weak = 0, strong = 0;
+
+    for (int seed = 0; seed <= SEEDS; seed++) {
+        rt_device_seed(p->d, (uint64_t) seed);
+        CHECKF(launch(p, "torn_words", 2, 32, 0, in, out) == 0, "seed %d: %s", seed, rt_device_report(p->d));
+        CHECK(seed || out[PRIMS_FIRST] == 0);
+        weak += out[PRIMS_FIRST];
+        strong += out[PRIMS_FIRST + 1];
+    }
+    CHECKF(weak > 0 && strong == 0, "%u of the weak ones were torn, %u of the strong ones", weak, strong);
+}
+
 static void test_launch(struct place *p)
 {
     void *params[1] = {NULL};
@@ -314,6 +350,9 @@ static int test_host(int arch)
         if (image && place_open(&p, which, image, size) == 0) {
             if (run_tests(&p, SEEDS) == 0 && arch == 90) {
                 test_early_sums(&p);
+                test_rows(&p, "sound_rows");
+                test_rows(&p, "sound_own_rows");
+                test_torn(&p);
                 test_launch(&p);
             }
             place_close(&p);

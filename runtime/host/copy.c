@@ -56,6 +56,7 @@ void mkhost_mbarrier_init(uint64_t *word, uint32_t count)
 
     if (!cta->mbarriers && !(cta->mbarriers = calloc(MOST_MBARRIERS, sizeof *cta->mbarriers)))
         misuse("no memory");
+    machine.engine = 1;
     if (cta->n_mbarriers == MOST_MBARRIERS || (uintptr_t) word % 8 || !count)
         misuse("mbarrier.init of %p for %u arrivals, the %dth", (void *) word, count, cta->n_mbarriers);
     if (__tsan_write_range)
@@ -112,19 +113,6 @@ _Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
     return 1;
 }
 
-/* fence.proxy.async (9.7.13.4): the engine sees the mbarriers that this thread made, and wgmma what was
-   written. */
-void mkhost_fence_async_proxy(void)
-{
-    struct lane *l = ENTER("fence.proxy.async", NULL);
-    struct cta *cta = l->warp->cta;
-
-    for (int i = 0; i < cta->n_mbarriers; i++)
-        if (cta->mbarriers[i].maker == l)
-            cta->mbarriers[i].fenced = 1;
-    proxy_fence(cta);
-}
-
 /* ---- The copy engine: bulk copies (9.7.9.25.4) ---------------------------- */
 
 static int overlap(const char *a, uint32_t a_bytes, const char *b, uint32_t b_bytes)
@@ -177,7 +165,10 @@ void mkhost_copy_bulk(void *dst, const void *src, uint32_t bytes, uint64_t *word
     check_bulk(cta, dst, src, bytes);
     if (!b->fenced)
         misuse("cp.async.bulk with an mbarrier that no fence.proxy.async followed");
-    start_bulk((struct bulk) {.cta = cta, .dst = dst, .src = src, .bytes = bytes, .bar = b});
+    proxy_check_shared(cta, dst, bytes);
+    proxy_check_global(l, src, bytes);
+    start_bulk((struct bulk) {.cta = cta, .dst = dst, .src = src, .bytes = bytes, .bar = b, .writes = machine.writes});
+    memset(cta->proxied + ((char *) dst - cta->shared), 0xff, bytes);
 }
 
 /* A part of copy I lands. */
@@ -190,9 +181,9 @@ static void land_bulk(int i)
     if (!c->src) {
         memcpy(c->dst, c->value, bytes);
     } else {
-        memcpy(c->dst, c->src, bytes);
-        if (c->cta->proxied)
-            memcpy(c->cta->proxied + (c->dst - c->cta->shared), c->src, bytes);
+        proxy_check_landing(c->src, bytes, c->writes);
+        read_as(c->cta, c->dst, c->src, bytes);
+        memcpy(c->cta->proxied + (c->dst - c->cta->shared), c->dst, bytes);
         c->src += bytes;
     }
     c->dst += bytes;
@@ -256,7 +247,7 @@ static void land_lane_copy(struct lane *l, int i)
             fail_launch("one arrival too many at an mbarrier of CTA %d", l->warp->cta->index);
         return;
     }
-    memcpy(c.dst, c.src, c.bytes);
+    read_as(l->warp->cta, c.dst, c.src, c.bytes);
     memcpy(c.dst + c.bytes, zeros, 16 - c.bytes);
 }
 

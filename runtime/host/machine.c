@@ -106,7 +106,7 @@ static void start_lane(struct warp *w, int i)
     l->n_seen = l->fenced = 0;
     l->n_copies = l->busy = l->in_cluster = 0;
     l->passed = NULL;
-    l->group = 0;
+    l->group = l->shown_writes = 0;
     fiber_start(&l->fiber, run_lane);
 }
 
@@ -120,6 +120,7 @@ static int start_cta(struct cta *c)
     memset(c->barriers, 0, sizeof c->barriers);
     memset(&c->cluster, 0, sizeof c->cluster);
     c->generation = 0;
+    c->shown_writes = c->shown_generation = 0;
     c->live = (int) machine.block;
     for (int i = 0; i < c->n_warps; i++) {
         struct warp *w = &c->warps[i];
@@ -127,6 +128,7 @@ static int start_cta(struct cta *c)
         w->met = 0;
         w->step = 1;
         w->watched = w->syncs = w->generation = 0;
+        w->shown_syncs = 0;
         for (int lane = 0; lane < w->n_lanes; lane++)
             start_lane(w, lane);
     }
@@ -225,6 +227,7 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
     for (unsigned i = 0; i < resident; i++)
         if (start_cta(machine.ctas[i]))
             return -1;
+    proxy_forget();
     machine.name = name;
     machine.entry = entry;
     machine.args = args;

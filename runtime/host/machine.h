@@ -3,6 +3,7 @@
    the memory model lets happen late happens late: copies, and stores that nothing ordered.
      machine.c  launch, scheduler          memory.c  stores, loads, fences, each CTA's view
      warp.c     collectives, barriers      copy.c    mbarriers, copy engine, cp.async
+     proxy.c    what the copy engine and wgmma see of what threads wrote
      cluster.c  CTAs that reach each other's shared memory       wgmma.c   products of warpgroups
      report.c   what a stuck or misused machine says
      fiber.c    stacks and switches        driver.c  the CUDA driver API on top
@@ -73,6 +74,7 @@ struct lane {
     /* the mbarrier whose phase this lane knows to have ended, and that phase's number + 1 */
     const void *passed;
     uint32_t passed_phase;
+    uint32_t shown_writes; /* machine.writes at its last fence.proxy.async.global */
     /* cp.async */
     struct lane_copy *copies;
     int n_copies, room_copies, busy; /* busy: place in machine.busy + 1 */
@@ -92,6 +94,7 @@ struct warp {
     uint64_t watched;           /* of its parked lanes */
     unsigned weight;            /* of the scheduler's choice */
     uint64_t syncs, generation; /* __syncwarps passed; cta->generation at its last barrier */
+    uint32_t shown_syncs;       /* at the last fence.proxy.async.global of its lanes */
     char sync_clock[2];         /* what ThreadSanitizer is told */
     struct wgmmas *wgmmas;      /* NULL before its first wgmma.fence */
 };
@@ -135,6 +138,7 @@ struct cta {
     int n_mbarriers;
     int copies; /* of the engine, on their way into its shared memory */
     char *proxied; /* shared memory as the async proxy is sure to see it; NULL: not at all */
+    uint32_t shown_writes, shown_generation; /* as its lanes' and warps' */
     struct barrier cluster; /* in the CTA of rank 0: that of the cluster */
 };
 
@@ -142,7 +146,7 @@ struct bulk { /* a copy of the engine, or a push from another CTA */
     struct cta *cta;
     char *dst;
     const char *src; /* NULL: a push of VALUE */
-    uint32_t bytes;
+    uint32_t bytes, writes; /* writes: machine.writes when it began */
     struct mbarrier *bar;
     uint32_t value[4];
 };
@@ -178,6 +182,8 @@ struct machine {
     struct lane **busy; /* lanes with cp.asyncs on their way */
     int n_busy, room_busy;
     int n_products; /* of all warps, not yet made */
+    uint32_t writes; /* stores to global memory that are known */
+    int engine;      /* this launch has mbarriers, and maybe bulk copies */
     /* the end of it */
     int stalls;
     uint64_t stalled_at; /* changes then */
@@ -244,6 +250,9 @@ void show_view(struct cta *cta);
 int settle_some(struct cta *cta, int weak_too);
 void settle_all(struct cta *cta);
 
+/* The BYTES at FROM as CTA sees them, whoever is at work. */
+void read_as(const struct cta *cta, void *to, const void *from, uint32_t bytes);
+
 /* Stores that the fence of lane L orders are seen by all. */
 void commit_before(struct lane *l);
 
@@ -261,6 +270,17 @@ struct mbarrier *find_mbarrier(struct cta *cta, uint64_t *word);
 /* Copy C is on its way. */
 void start_bulk(struct bulk c);
 
+/* ---- proxy.c ---- */
+/* Lane L has written BYTES to global memory. */
+void proxy_wrote(const struct lane *l, const void *p, uint32_t bytes);
+/* A launch begins. */
+void proxy_forget(void);
+/* The engine comes to shared memory, or for lane L to global memory, of which all that was written is fenced. */
+void proxy_check_shared(const struct cta *cta, const char *p, uint32_t bytes);
+void proxy_check_global(const struct lane *l, const char *p, uint32_t bytes);
+/* A copy lands: nobody has written to P since. */
+void proxy_check_landing(const char *p, uint32_t bytes, uint32_t since);
+
 /* ---- cluster.c ---- */
 /* Lane L, which does not live any more, is not waited for. */
 void cluster_leave(struct lane *l);
@@ -270,8 +290,6 @@ struct barrier *cluster_barrier(const struct cta *cta);
 void cluster_explain(FILE *f, const struct lane *l);
 
 /* ---- wgmma.c ---- */
-/* What CTA's threads wrote is seen by the async proxy. */
-void proxy_fence(struct cta *cta);
 /* One of the products that are at work is made. */
 void multiply_some(void);
 /* Lane L ends. */

@@ -40,6 +40,29 @@ void show_view(struct cta *cta)
         swap(&cta->pending[i]);
 }
 
+/* The bytes of TO, which were read at FROM, that S has elsewhere. */
+static void overlay(const struct pending *s, char *to, const char *from, uint32_t bytes)
+{
+    const char *low = s->address > from ? s->address : from;
+    const char *high = s->address + s->bytes < from + bytes ? s->address + s->bytes : from + bytes;
+
+    if (low < high)
+        memcpy(to + (low - from), s->other + (low - s->address), (size_t) (high - low));
+}
+
+void read_as(const struct cta *cta, void *to, const void *from, uint32_t bytes)
+{
+    const struct cta *view = machine.view;
+
+    memcpy(to, from, bytes);
+    if (view == cta)
+        return;
+    for (int i = view ? view->n_pending - 1 : -1; i >= 0; i--)
+        overlay(&view->pending[i], to, from, bytes);
+    for (int i = 0; i < cta->n_pending; i++)
+        overlay(&cta->pending[i], to, from, bytes);
+}
+
 static int overlap(const struct pending *a, const struct pending *b)
 {
     return a->address < b->address + b->bytes && b->address < a->address + a->bytes;
@@ -52,6 +75,14 @@ static const char *find_stale(const struct cta *cta, const void *p, uint32_t byt
         if (cta->stale[i].address == p && cta->stale[i].bytes == bytes)
             return cta->stale[i].other;
     return NULL;
+}
+
+static int has_pending(const struct cta *cta, const struct pending *s)
+{
+    for (int i = 0; i < cta->n_pending; i++)
+        if (overlap(&cta->pending[i], s))
+            return 1;
+    return 0;
 }
 
 static void drop_stale(struct cta *cta, int i)
@@ -69,7 +100,7 @@ static void leave_stale(const struct cta *writer, const struct pending *s, const
     for (unsigned i = 0; s->strong && i < machine.resident; i++) {
         struct cta *cta = machine.ctas[i];
         if (cta == writer || cta->n_stale == MOST_STALE || find_stale(cta, s->address, s->bytes) ||
-            machine_random(4))
+            has_pending(cta, s) || machine_random(4)) /* who has stored to it sees nothing older */
             continue;
         if (!cta->stale && !(cta->stale = calloc(MOST_STALE, sizeof *cta->stale)))
             misuse("no memory");
@@ -85,19 +116,25 @@ static void acquire_all(struct cta *cta)
         drop_stale(cta, cta->n_stale - 1);
 }
 
-/* Store I of CTA, or an earlier one to the same place, is seen by all. */
+/* Store I of CTA, or an earlier one to the same place, is seen by all: but by those who have a pending one of
+   their own there, which comes after it. */
 static void commit(struct cta *cta, int i)
 {
+    struct cta *view = machine.view;
     struct pending *list = cta->pending;
     const char *address;
 
     for (int j = 0; j < i; j++)
         if (overlap(&list[j], &list[i]))
             i = j;
+    if (view && view != cta && has_pending(view, &list[i]))
+        show_view(NULL);
     address = list[i].address;
     leave_stale(cta, &list[i], cta == machine.view ? list[i].other : address);
     if (cta != machine.view)
         memcpy(list[i].address, list[i].other, list[i].bytes);
+    if (view != machine.view)
+        show_view(view);
     cta->n_strong -= list[i].strong;
     memmove(&list[i], &list[i + 1], (size_t) (--cta->n_pending - i) * sizeof *list);
     machine.n_late--;
@@ -223,6 +260,7 @@ void mkhost_delay(void *p, uint32_t bytes)
     const uint32_t scalar = bytes < 4 ? bytes : 4;
 
     progress(l);
+    proxy_wrote(l, p, bytes);
     if (machine.seed)
         for (uint32_t at = 0; at < bytes; at += scalar)
             hold_back(l, (char *) p + at, scalar, 0);
@@ -245,6 +283,7 @@ void mkhost_store(void *p, const void *v, uint32_t bytes, uint32_t atom, int is_
     for (int i = 0; i < l->warp->cta->n_stale; i++)
         if (l->warp->cta->stale[i].address == p) /* it sees its own store, and none before */
             drop_stale(l->warp->cta, i--);
+    proxy_wrote(l, p, bytes);
     for (uint32_t at = 0; machine.seed && at < bytes; at += atom)
         hold_back(l, (char *) p + at, atom, 1);
     memcpy(p, v, bytes);
@@ -269,13 +308,26 @@ void mkhost_load(const void *p, void *v, uint32_t bytes, int is_acquire)
         remember_seen(l, p);
 }
 
-/* red.release.add (9.7.13.6): atomics are performed at once, where all CTAs meet. */
+/* Atomics are performed at once, where all CTAs meet; L's own earlier stores to P come before. */
+static uint32_t enter_atomic(struct lane *l, const uint32_t *p)
+{
+    const struct pending s = {.address = (char *) (uintptr_t) p, .bytes = sizeof *p};
+
+    check_address(p, sizeof *p);
+    for (int i = 0; i < l->warp->cta->n_pending; i++)
+        if (overlap(&l->warp->cta->pending[i], &s)) {
+            commit(l->warp->cta, i);
+            i = -1;
+        }
+    return *p;
+}
+
+/* red.release.add (9.7.13.6). */
 uint32_t mkhost_add_release(uint32_t *p, uint32_t v)
 {
     struct lane *l = ENTER("red.release.add", p);
-    const uint32_t before = *p;
+    const uint32_t before = enter_atomic(l, p);
 
-    check_address(p, sizeof *p);
     progress(l);
     commit_before(l);
     release(clock_of(p));
@@ -288,10 +340,11 @@ uint32_t mkhost_add_release(uint32_t *p, uint32_t v)
 _Bool mkhost_claim(uint32_t *p)
 {
     struct lane *l = ENTER("atom.cas", p);
-    const uint32_t before = *p;
+    uint32_t before;
 
     check_address(p, sizeof *p);
     polled(l, p);
+    before = enter_atomic(l, p);
     if (!before) {
         *p = 1;
         changed(p);

@@ -39,15 +39,6 @@ struct wgmma_args {
     uint64_t a, b;
 };
 
-/* ---- The async proxy (9.7.15.4): it sees what was written before a fence ------ */
-
-void proxy_fence(struct cta *cta)
-{
-    if (!cta->proxied && !(cta->proxied = malloc(machine.smem + 1)))
-        misuse("no memory");
-    memcpy(cta->proxied, cta->shared, machine.smem);
-}
-
 /* ---- Sums -------------------------------------------------------------------- */
 
 static const struct wgmma_args *args_of(const struct warp *w, int lane)

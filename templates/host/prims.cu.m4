@@ -19,6 +19,7 @@ void mkhost_mbarrier_init(u64 *b, u32 count);
 void mkhost_mbarrier_arrive(u64 *b, u32 expect);
 bool mkhost_mbarrier_wait(u64 *b, u32 parity);
 void mkhost_fence_async_proxy();
+void mkhost_fence_async_global();
 u16 mkhost_to_fp16(float x);
 float mkhost_from_fp16(u16 x);
 u16 mkhost_to_bf16(float x);
@@ -128,6 +129,7 @@ t_if(PLAN_FAMILY == 80, {|static inline void mbarrier_arrive_copied(u64 *b) { mk
 t_if(PLAN_FAMILY >= 90, {|static inline bool mbarrier_try_wait(u64 *b, u32 parity) { return mkhost_mbarrier_wait(b, parity); }
 static inline void mbarrier_arrive_expect(u64 *b, u32 bytes) { mkhost_mbarrier_arrive(b, bytes); }
 static inline void copy_bulk(void *dst, const void *src, u32 bytes, u64 *b) { mkhost_copy_bulk(dst, src, bytes, b); }
-static inline void fence_async_proxy() { mkhost_fence_async_proxy(); }|})
+static inline void fence_async_proxy() { mkhost_fence_async_proxy(); }
+static inline void fence_async_global() { mkhost_fence_async_global(); }|})
 
 |})m4_dnl
