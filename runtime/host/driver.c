@@ -23,7 +23,7 @@ enum { /* CUresult */
     NOT_READY = 600,
     LAUNCH_FAILED = 719
 };
-enum { SLICE = 1500 }; /* decisions of the scheduler between two looks of the host */
+enum { SLICE = 1500, SLICES = 14 }; /* decisions of the scheduler between two looks of the host */
 enum { VERSION = 13000, SMS = 4, MOST_CLUSTER = 16 };
 static const size_t MEMORY = (size_t) 16 << 30;
 
@@ -87,6 +87,12 @@ static int go_on(int64_t steps)
         broken = machine.failed;
     }
     return broken ? LAUNCH_FAILED : started == ended ? DONE : NOT_READY;
+}
+
+/* Under a seed the host looks at any moment, and may write to the kernel soon after it was told something. */
+static int64_t slice(void)
+{
+    return machine.seed ? (int64_t) 1 << machine_random(SLICES) : SLICE;
 }
 
 static int finish(void)
@@ -203,7 +209,7 @@ int cuEventQuery(struct event *e)
     int rc;
 
     pthread_mutex_lock(&lock);
-    rc = e->after <= ended && !broken ? DONE : go_on(SLICE);
+    rc = e->after <= ended && !broken ? DONE : go_on(slice());
     pthread_mutex_unlock(&lock);
     return rc;
 }
