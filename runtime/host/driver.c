@@ -44,10 +44,11 @@ struct function {
     char name[64];
 };
 
-struct event {
+static struct event {
+    struct event *next;
     uint64_t after; /* launches that were started before it was recorded */
-    uint64_t steps;
-};
+    uint64_t ns;    /* when the last of them ended; 0: it has not */
+} *events;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t seed, started, ended;
@@ -78,6 +79,14 @@ static void check_guards(void)
 
 /* ---- Launches ------------------------------------------------------------- */
 
+/* Events happen when the work before them has ended. */
+static void stamp_events(void)
+{
+    for (struct event *e = events; e; e = e->next)
+        if (!e->ns && e->after <= ended)
+            e->ns = machine.clock_ns + 1;
+}
+
 /* Let the launch at work go on for STEPS decisions (0: to its end). */
 static int go_on(int64_t steps)
 {
@@ -85,6 +94,7 @@ static int go_on(int64_t steps)
         check_guards();
         ended = started;
         broken = machine.failed;
+        stamp_events();
     }
     return broken ? LAUNCH_FAILED : started == ended ? DONE : NOT_READY;
 }
@@ -187,21 +197,42 @@ int cuEventCreate(struct event **e, unsigned flags)
 {
     (void) flags;
     *e = calloc(1, sizeof **e);
-    return *e ? DONE : OUT_OF_MEMORY;
+    if (!*e)
+        return OUT_OF_MEMORY;
+    pthread_mutex_lock(&lock);
+    (*e)->next = events;
+    (*e)->ns = 1;
+    events = *e;
+    pthread_mutex_unlock(&lock);
+    return DONE;
 }
 
 int cuEventDestroy_v2(struct event *e)
 {
+    pthread_mutex_lock(&lock);
+    for (struct event **at = &events; *at; at = &(*at)->next)
+        if (*at == e) {
+            *at = e->next;
+            break;
+        }
+    pthread_mutex_unlock(&lock);
     free(e);
     return DONE;
 }
 
 int cuEventRecord(struct event *e, void *stream)
 {
+    int rc;
+
     (void) stream;
+    pthread_mutex_lock(&lock);
     e->after = started;
-    e->steps = machine.clock_ns;
-    return broken ? LAUNCH_FAILED : DONE;
+    e->ns = 0;
+    if (started == ended)
+        stamp_events();
+    rc = broken ? LAUNCH_FAILED : DONE;
+    pthread_mutex_unlock(&lock);
+    return rc;
 }
 
 int cuEventQuery(struct event *e)
@@ -223,8 +254,14 @@ int cuEventSynchronize(struct event *e)
 /* In the machine's own time. */
 int cuEventElapsedTime(float *ms, struct event *a, struct event *b)
 {
-    *ms = (float) (b->steps - a->steps) * 1e-6f;
-    return DONE;
+    int rc;
+
+    pthread_mutex_lock(&lock);
+    rc = a->ns && b->ns ? DONE : NOT_READY;
+    if (rc == DONE)
+        *ms = (float) (b->ns - a->ns) * 1e-6f;
+    pthread_mutex_unlock(&lock);
+    return rc;
 }
 
 /* ---- Modules: shared objects ----------------------------------------------- */
@@ -257,14 +294,17 @@ static int make_file(struct module *m, const void *image)
 int cuModuleLoadData(struct module **out, const void *image)
 {
     struct module *m = calloc(1, sizeof *m);
+    int made;
 
     *out = NULL;
     if (!m)
         return OUT_OF_MEMORY;
-    if (make_file(m, image) == 0)
+    made = make_file(m, image) == 0;
+    if (made)
         m->library = dlopen(m->path, RTLD_NOW | RTLD_LOCAL);
     if (!m->library) {
-        snprintf(first_line, sizeof first_line, "%s", m->fd < 0 ? "no memory for a file" : dlerror());
+        const char *said = made ? dlerror() : NULL;
+        snprintf(first_line, sizeof first_line, "%s", said ? said : "no memory for a file");
         if (m->fd >= 0)
             close(m->fd);
         free(m);

@@ -264,12 +264,13 @@ int machine_run(int64_t steps)
     machine.slice = steps ? steps : INT64_MAX;
     machine.now = &machine.host;
     machine.host.fiber = (struct fiber) {0}; /* it may be another thread's */
-    do {
-        if (machine.ended && start_cta(machine.ended))
-            fail_launch("no memory for a CTA");
-        machine.ended = NULL;
-        reschedule();
-    } while (machine.ended);
+    if (setjmp(machine.escape) == 0)
+        do {
+            if (machine.ended && start_cta(machine.ended))
+                fail_launch("no memory for a CTA");
+            machine.ended = NULL;
+            reschedule();
+        } while (machine.ended);
     show_view(NULL);
     mkhost_now = NULL;
     if (!machine.failed && machine.gone < machine.grid)
@@ -439,6 +440,7 @@ void reschedule(void)
         }
         if (machine.steps - machine.changed_at > LIVELOCK && !machine.failed) {
             machine.stalls = 1;
+            machine.stalled_at = machine.changes;
             fail_launch("no word changes any more");
             continue;
         }

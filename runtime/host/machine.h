@@ -10,6 +10,7 @@
    Numbers like 9.7.13.15 are sections of the PTX ISA manual, version 9.2 (that of CUDA 13.2). */
 #ifndef HOST_MACHINE_H
 #define HOST_MACHINE_H
+#include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -189,6 +190,7 @@ struct machine {
     uint64_t stalled_at; /* changes then */
     int failed;
     char *report;
+    jmp_buf escape; /* of misuse() in the host's own turn, to the end of machine_run */
 };
 extern struct machine machine;
 

@@ -189,7 +189,7 @@ static void put_wait(FILE *f, const struct lane *l, int lanes)
         if (l->state == WAITING) {
             if (l->about == l->warp)
                 wgmma_explain(f, l);
-            else if (l->about == cluster_barrier(l->warp->cta))
+            else if (machine.cluster > 1 && l->about == cluster_barrier(l->warp->cta))
                 cluster_explain(f, l);
             else
                 put_barrier(f, l);
@@ -245,7 +245,8 @@ static void set_report(const char *format, va_list args)
             (unsigned long long) machine.steps);
     if (l->warp && strcmp(format, "deadlock") && strcmp(format, "no word changes any more"))
         put_wait(f, l, 1);
-    waiting = machine.stalls || !l->warp ? report_waiting() : NULL;
+    /* The kernel's own watchdog writes a few words before it ends. */
+    waiting = (machine.stalls && machine.changes - machine.stalled_at < 64) || !l->warp ? report_waiting() : NULL;
     if (waiting && *waiting)
         fprintf(f, "  nothing went on any more:\n%s", waiting);
     free(waiting);
@@ -268,6 +269,8 @@ void misuse(const char *format, ...)
     va_start(args, format);
     set_report(format, args);
     va_end(args);
+    if (machine.now == &machine.host)
+        longjmp(machine.escape, 1);
     for (;;)
         switch_to(&machine.host);
 }
