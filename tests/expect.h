@@ -106,6 +106,20 @@ CHECKER(shuffle)
     return 1;
 }
 
+CHECKER(ballot)
+{
+    (void) c;
+    for (int t = 0; t < 64; t++)
+        for (int i = 0; i < 2; i++) {
+            uint32_t want = 0;
+
+            for (int lane = 0; lane < 32; lane++)
+                want |= (in[lane] >> (t / 32 + i) & 1) << lane;
+            SAME(t * 2 + i, want);
+        }
+    return 1;
+}
+
 CHECKER(ldmatrix)
 {
     uint16_t rows[32][8];
@@ -302,6 +316,7 @@ CHECKER(wgmma)
 
 static const struct prims_test prims_tests[] = {
     {"test_shuffle", 75, 1, 64, 0, 0, 0, shuffle},
+    {"test_ballot", 75, 1, 64, 0, 0, 0, ballot},
     {"test_sync_warp", 75, 1, 64, 0, 0, 0, zero64},
     {"test_ldmatrix", 75, 1, 32, 0, 0, 0, ldmatrix},
     {"test_mma", 75, 1, 32, 0, 0, 1, mma},

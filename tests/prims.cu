@@ -54,6 +54,15 @@ TEST(test_shuffle)
     out[5] = (u32)(wide >> 32);
 }
 
+// 1 CTA, 64 threads.  Two words of each thread t of warp w: in which of IN[0] to IN[31] bit w is set, and
+// bit w + 1.
+TEST(test_ballot)
+{
+    const u32 t = threadIdx.x;
+    for (u32 i = 0; i < 2; i++)
+        args.out[16 + t * 2 + i] = __ballot_sync(~0u, args.in[t % 32] & 1u << (t / 32 + i));
+}
+
 // 1 CTA, 64 threads.  A word of each: 0.
 TEST(test_sync_warp)
 {

@@ -42,6 +42,11 @@ void part(struct warp *w)
     w->ready = LANES;
 }
 
+struct vote {
+    _Bool vote;
+    uint32_t all;
+};
+
 struct shuffle {
     void *value;
     unsigned bytes, from;
@@ -71,6 +76,24 @@ void mkhost_shuffle(void *value, unsigned bytes, unsigned from)
             *(uint8_t *) all[i]->value = (uint8_t) values[all[i]->from];
     }
     part(l->warp);
+}
+
+/* vote.sync.ballot.b32 (9.7.13.8). */
+uint32_t mkhost_ballot(_Bool vote)
+{
+    struct lane *l = ENTER("vote.sync.ballot", NULL);
+    struct vote mine = {.vote = vote};
+    uint32_t all = 0;
+
+    progress(l);
+    if (!meet(l, "vote.sync.ballot", &mine))
+        return mine.all;
+    for (int i = 0; i < LANES; i++)
+        all |= (uint32_t) ((const struct vote *) l->warp->lanes[i].meeting)->vote << i;
+    for (int i = 0; i < LANES; i++)
+        ((struct vote *) l->warp->lanes[i].meeting)->all = all;
+    part(l->warp);
+    return all;
 }
 
 /* bar.warp.sync (9.7.13.2). */
@@ -156,12 +179,18 @@ static void open_barrier(struct cta *cta, struct barrier *b)
         }
 }
 
+static const char *const barrier_names[BARRIERS] = {
+    "__syncthreads", "bar.sync 1", "bar.sync 2", "bar.sync 3", "bar.sync 4", "bar.sync 5",
+    "bar.sync 6", "bar.sync 7", "bar.sync 8", "bar.sync 9", "bar.sync 10", "bar.sync 11",
+    "bar.sync 12", "bar.sync 13", "bar.sync 14", "bar.sync 15",
+};
+
 /* bar.sync ID, THREADS (9.7.13.1). */
 void mkhost_barrier(unsigned id, unsigned threads)
 {
     struct cta *cta = machine.now->warp->cta;
     struct barrier *b = &cta->barriers[id % BARRIERS];
-    struct lane *l = ENTER(id ? "bar.sync 1" : "__syncthreads", b);
+    struct lane *l = ENTER(barrier_names[id % BARRIERS], b);
     char *clock = &b->clock[b->phase & 1];
 
     progress(l);

@@ -11,6 +11,7 @@ extern mkhost_lane *mkhost_now;
 void mkhost_barrier(unsigned int id, unsigned int threads);
 void mkhost_sync_warp();
 void mkhost_shuffle(void *value, unsigned int bytes, unsigned int from);
+unsigned int mkhost_ballot(bool vote);
 void mkhost_fence(int scope);
 void mkhost_poll(const void *p);
 void mkhost_publish(void *p);
@@ -73,6 +74,7 @@ template <class T> static inline T __shfl_xor_sync(unsigned int mask, T value, u
 {
     return __shfl_sync(mask, value, threadIdx.x ^ bits);
 }
+static inline unsigned int __ballot_sync(unsigned int, int vote) { return mkhost_ballot(vote != 0); }
 // Of a word in shared memory.
 static inline unsigned int atomicAdd(unsigned int *p, unsigned int v)
 {
