@@ -53,6 +53,7 @@ static struct event {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t seed, started, ended;
 static uint64_t sown; /* launches started before the seed was given */
+static int contexts; /* retained, of all devices */
 static int broken; /* a launch failed: nothing works any more, as on a GPU */
 static void *arguments[1];
 static char argument_bytes[4096];
@@ -123,10 +124,12 @@ static int launch(struct function *f, unsigned grid, unsigned block, unsigned sm
 
     if (!grid || !block || block > 1024 || cluster < 1 || cluster > MOST_CLUSTER || grid % cluster)
         return INVALID_VALUE;
-    rc = finish();
-    if (rc)
-        return rc;
     pthread_mutex_lock(&lock);
+    rc = go_on(0);
+    if (rc) {
+        pthread_mutex_unlock(&lock);
+        return rc;
+    }
     memcpy(argument_bytes, params[0], f->bytes);
     arguments[0] = argument_bytes;
     machine.seed = seed ? seed + (started - sown) * 0x9E3779B97F4A7C15ull : 0;
@@ -304,7 +307,9 @@ int cuModuleLoadData(struct module **out, const void *image)
         m->library = dlopen(m->path, RTLD_NOW | RTLD_LOCAL);
     if (!m->library) {
         const char *said = made ? dlerror() : NULL;
+        pthread_mutex_lock(&lock);
         snprintf(first_line, sizeof first_line, "%s", said ? said : "no memory for a file");
+        pthread_mutex_unlock(&lock);
         if (m->fd >= 0)
             close(m->fd);
         free(m);
@@ -352,8 +357,10 @@ int cuModuleGetFunction(struct function **out, struct module *m, const char *nam
     f->bytes = *bytes;
     f->cluster = cluster ? *cluster : 1;
     snprintf(f->name, sizeof f->name, "%s", name);
+    pthread_mutex_lock(&lock);
     f->next = m->functions;
     *out = m->functions = f;
+    pthread_mutex_unlock(&lock);
     return DONE;
 }
 
@@ -382,22 +389,29 @@ int cuMemAlloc_v2(device_pointer *p, size_t bytes)
         free(b);
         return OUT_OF_MEMORY;
     }
+    pthread_mutex_lock(&lock);
     *b = (struct buffer) {buffers, memory, bytes};
     buffers = b;
+    pthread_mutex_unlock(&lock);
     return DONE;
 }
 
 int cuMemFree_v2(device_pointer p)
 {
-    finish();
-    for (struct buffer **at = &buffers, *b; (b = *at); at = &b->next)
-        if ((device_pointer) (uintptr_t) b->memory == p) {
-            *at = b->next;
-            free(b->memory);
-            free(b);
-            return DONE;
-        }
-    return INVALID_VALUE;
+    struct buffer **at = &buffers, *b;
+
+    pthread_mutex_lock(&lock);
+    go_on(0);
+    while ((b = *at) && (device_pointer) (uintptr_t) b->memory != p)
+        at = &b->next;
+    if (b)
+        *at = b->next;
+    pthread_mutex_unlock(&lock);
+    if (!b)
+        return INVALID_VALUE;
+    free(b->memory);
+    free(b);
+    return DONE;
 }
 
 int cuMemHostAlloc(void **p, size_t bytes, unsigned flags)
@@ -422,33 +436,41 @@ int cuMemFreeHost(void *p)
     return cuMemFree_v2((device_pointer) (uintptr_t) p);
 }
 
+/* No launch begins meanwhile. */
+static int copy(void *dst, const void *src, size_t bytes)
+{
+    int rc;
+
+    pthread_mutex_lock(&lock);
+    rc = go_on(0);
+    if (rc == DONE)
+        memcpy(dst, src, bytes);
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
 int cuMemcpyHtoDAsync_v2(device_pointer dst, const void *src, size_t bytes, void *stream)
 {
-    int rc = finish();
-
     (void) stream;
-    if (rc == 0)
-        memcpy((void *) (uintptr_t) dst, src, bytes);
-    return rc;
+    return copy((void *) (uintptr_t) dst, src, bytes);
 }
 
 int cuMemcpyDtoHAsync_v2(void *dst, device_pointer src, size_t bytes, void *stream)
 {
-    int rc = finish();
-
     (void) stream;
-    if (rc == 0)
-        memcpy(dst, (const void *) (uintptr_t) src, bytes);
-    return rc;
+    return copy(dst, (const void *) (uintptr_t) src, bytes);
 }
 
 int cuMemsetD8Async(device_pointer dst, unsigned char value, size_t bytes, void *stream)
 {
-    int rc = finish();
+    int rc;
 
     (void) stream;
-    if (rc == 0)
+    pthread_mutex_lock(&lock);
+    rc = go_on(0);
+    if (rc == DONE)
         memset((void *) (uintptr_t) dst, value, bytes);
+    pthread_mutex_unlock(&lock);
     return rc;
 }
 
@@ -522,17 +544,24 @@ int cuDeviceTotalMem_v2(size_t *bytes, int device)
 int cuDevicePrimaryCtxRetain(void **context, int device)
 {
     (void) device;
+    pthread_mutex_lock(&lock);
+    contexts++;
+    pthread_mutex_unlock(&lock);
     *context = &machine;
     return DONE;
 }
 
-/* A new context is a whole GPU again. */
+/* All devices are one machine.  Who closes the last makes it whole again; others' work goes on. */
 int cuDevicePrimaryCtxRelease_v2(int device)
 {
     (void) device;
-    finish();
-    broken = 0;
-    ended = started;
+    pthread_mutex_lock(&lock);
+    if (contexts > 0 && --contexts == 0) {
+        go_on(0);
+        broken = 0;
+        ended = started;
+    }
+    pthread_mutex_unlock(&lock);
     return DONE;
 }
 
@@ -551,7 +580,8 @@ int cuStreamCreate(void **stream, unsigned flags)
 
 int cuStreamDestroy_v2(void *stream)
 {
-    return cuStreamSynchronize(stream) && !broken ? INVALID_VALUE : DONE;
+    cuStreamSynchronize(stream);
+    return DONE;
 }
 
 /* ---- Errors and reports ------------------------------------------------------ */
@@ -570,19 +600,23 @@ int cuGetErrorName(int result, const char **text)
 
 int cuGetErrorString(int result, const char **text)
 {
+    pthread_mutex_lock(&lock);
     if (result == LAUNCH_FAILED && machine.report)
         snprintf(first_line, sizeof first_line, "%.*s", (int) strcspn(machine.report, "\n"), machine.report);
     else if (result != INVALID_IMAGE)
         snprintf(first_line, sizeof first_line, "the emulated device refuses");
+    pthread_mutex_unlock(&lock);
     *text = first_line;
     return DONE;
 }
 
 void mkhost_seed(uint64_t value)
 {
+    pthread_mutex_lock(&lock);
+    go_on(0);
     seed = value;
-    started = ended;
     sown = started;
+    pthread_mutex_unlock(&lock);
 }
 
 const char *mkhost_report(void)
@@ -593,5 +627,7 @@ const char *mkhost_report(void)
 void mkhost_label(uint64_t base, uint64_t bytes, const char *name,
                   void (*text)(void *, uint64_t, char *, size_t), void *user)
 {
+    pthread_mutex_lock(&lock);
     report_label(base, bytes, name, text, user);
+    pthread_mutex_unlock(&lock);
 }
