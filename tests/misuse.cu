@@ -45,6 +45,21 @@ TEST(misuse_arrival)
         ;
 }
 
+// In the second phase warp 1 does not arrive, nor does lane 5 of warp 0.
+TEST(misuse_arrivals)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0)
+        mbarrier_init(&m->barrier[0], 64);
+    __syncthreads();
+    mbarrier_arrive(&m->barrier[0]);
+    test_await(&m->barrier[0], 0, args.out, 1);
+    if (threadIdx.x < 32 && threadIdx.x != 5)
+        mbarrier_arrive(&m->barrier[0]);
+    while (!mbarrier_test_wait(&m->barrier[0], 1))
+        ;
+}
+
 // Lane 7 leaves its warp.
 TEST(misuse_shuffle)
 {

@@ -191,7 +191,10 @@ static const struct misuse misuses[] = {
       "CTA 0 warp 2, 32 lanes from 0: asks for a flag, shared memory + "}},
     {"misuse_arrival", 1, 32,
      {"deadlock (", "CTA 0 warp 0, 32 lanes from 0: asks for mbarrier.test_wait, shared memory + ",
-      "an mbarrier in phase 0: 1 of 2 arrivals and 0 bytes are missing"}},
+      "an mbarrier in phase 0: 1 of 2 arrivals and 0 bytes are missing; arrived: warp 0 lane 0\n"}},
+    {"misuse_arrivals", 1, 64,
+     {"deadlock (", "an mbarrier in phase 1: 33 of 64 arrivals and 0 bytes are missing; arrived: warp 0 lanes 0..4 "
+      "6..31; not yet, but in the phase before: warp 0 lane 5, warp 1 lanes 0..31\n"}},
     {"misuse_shuffle", 1, 32, {"shfl.sync", "(misuse_shuffle, seed ", "CTA 0 warp 0, 1 lane from "}},
     {"misuse_shared_end", 1, 32, {"a store 0 bytes behind the end of the 22528 of shared memory (misuse_shared_end, "}},
     {"misuse_buffer_end", 1, 32, {"a store 0 bytes behind the end of a buffer of 131072 (misuse_buffer_end, "}},

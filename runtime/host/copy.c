@@ -37,15 +37,18 @@ static void end_phase(const struct cta *cta, struct mbarrier *b)
     b->phase++;
     b->generation = cta->generation;
     b->pending = b->expected;
+    memcpy(b->before, b->arrived, sizeof b->before);
+    memset(b->arrived, 0, sizeof b->arrived);
     changed(b->word);
 }
 
-static void arrive(const struct cta *cta, struct mbarrier *b)
+static void arrive(const struct lane *l, struct mbarrier *b)
 {
     if (!b->pending)
         misuse("one arrival too many at the mbarrier %p", (void *) b->word);
     b->pending--;
-    end_phase(cta, b);
+    b->arrived[l->warp->index] |= 1u << (l - l->warp->lanes);
+    end_phase(l->warp->cta, b);
 }
 
 /* mbarrier.init (9.7.13.15.9). */
@@ -79,7 +82,7 @@ void mkhost_mbarrier_arrive(uint64_t *word, uint32_t expect)
     release(&b->clock[b->phase & 1]);
     b->bytes += expect;
     phase = b->phase;
-    arrive(l->warp->cta, b);
+    arrive(l, b);
     if (b->phase != phase) { /* this lane ended it */
         l->passed = b;
         l->passed_phase = b->phase;
@@ -242,7 +245,7 @@ static void land_lane_copy(struct lane *l, int i)
     if (c.bar) {
         struct mbarrier *b = &l->warp->cta->mbarriers[(uint32_t) *c.bar];
         if (b->pending)
-            arrive(l->warp->cta, b);
+            arrive(l, b);
         else /* not misuse(): it may be the host that goes on here */
             fail_launch("one arrival too many at an mbarrier of CTA %d", l->warp->cta->index);
         return;

@@ -20,7 +20,7 @@
 #pragma GCC visibility push(hidden)
 #define EXPORT __attribute__((visibility("default")))
 
-enum { LANES = 32, BARRIERS = 16, MOST_SEEN = 16, MOST_ASKED = 12 };
+enum { LANES = 32, WARPS = 32, BARRIERS = 16, MOST_SEEN = 16, MOST_ASKED = 12 };
 
 /* What a host kernel knows of the lane at work (templates/host/language.cu.m4). */
 struct mkhost_place {
@@ -121,6 +121,7 @@ struct mbarrier {
     int64_t bytes;
     uint64_t generation; /* of the CTA's barriers, when the last phase ended */
     const struct lane *maker;
+    uint32_t arrived[WARPS], before[WARPS]; /* lanes that have, in this phase and in the last */
     int fenced; /* the copy engine may come to it */
     int shown;  /* and other CTAs of the cluster may, after their barrier */
     char clock[2];

@@ -164,15 +164,46 @@ static void put_barrier(FILE *f, const struct lane *l)
     }
 }
 
+/* "; WHAT: warp 0 lane 0, warp 2 lanes 0..31"; nothing when there is none. */
+static void put_lanes(FILE *f, const char *what, const uint32_t *lanes)
+{
+    const char *sep = what;
+
+    for (int i = 0; i < WARPS; i++) {
+        const char *comma = "";
+        int n = 0;
+        for (int from = 0, to; from < LANES; from = to + 1) {
+            to = from;
+            if (!(lanes[i] >> from & 1))
+                continue;
+            while (to + 1 < LANES && lanes[i] >> (to + 1) & 1)
+                to++;
+            n += to - from + 1;
+            if (!*comma)
+                fprintf(f, "%s warp %d lane%s ", sep, i, lanes[i] & (lanes[i] - 1) ? "s" : "");
+            fprintf(f, to > from ? "%s%d..%d" : "%s%d", comma, from, to);
+            comma = " ";
+        }
+        sep = n ? "," : sep;
+    }
+}
+
 static void put_mbarrier(FILE *f, const struct lane *l)
 {
     const struct cta *c = l->warp->cta;
+    uint32_t missing[WARPS];
 
-    for (int i = 0; i < c->n_mbarriers; i++)
-        if (c->mbarriers[i].word == l->about)
-            fprintf(f, ", an mbarrier in phase %u: %u of %u arrivals and %lld bytes are missing",
-                    c->mbarriers[i].phase, c->mbarriers[i].pending, c->mbarriers[i].expected,
-                    (long long) c->mbarriers[i].bytes);
+    for (int i = 0; i < c->n_mbarriers; i++) {
+        const struct mbarrier *b = &c->mbarriers[i];
+        if (b->word != l->about)
+            continue;
+        fprintf(f, ", an mbarrier in phase %u: %u of %u arrivals and %lld bytes are missing", b->phase,
+                b->pending, b->expected, (long long) b->bytes);
+        for (int w = 0; w < WARPS; w++)
+            missing[w] = b->before[w] & ~b->arrived[w];
+        put_lanes(f, "; arrived:", b->arrived);
+        put_lanes(f, "; not yet, but in the phase before:", missing);
+    }
 }
 
 static void put_wait(FILE *f, const struct lane *l, int lanes)
