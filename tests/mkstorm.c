@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <stdint.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -160,7 +161,17 @@ struct stage {
     struct rt_engine *engine;
     struct rt_session *session;
     int32_t prompt[PROMPT];
+    double token_ms; /* of the last greedy run, on one core */
 };
+
+/* Of this process. */
+static double cpu_seconds(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double) t.tv_sec + (double) t.tv_nsec * 1e-9;
+}
 
 static int poison(struct stage *s, struct mk_err *err)
 {
@@ -242,13 +253,16 @@ static int play(struct stage *s, struct result *r, struct mk_err *err)
     struct taken t = {.token = r->tokens};
     struct rt_decode job = {.token = s->prompt[PROMPT - 1], .pos = PROMPT - 1, .n = STEPS, .top_p = 1};
     int done, rc = poison(s, err), early;
+    double start;
 
     memset(r, 0, sizeof *r);
     if (rc == 0)
         rc = rt_session_prefill(s->session, s->prompt, PROMPT - 1, 0, &done, err);
     job.logits = logits;
+    start = cpu_seconds();
     if (rc == 0)
         rc = decode(s, job, &t, err);
+    s->token_ms = (cpu_seconds() - start) * 1e3 / STEPS;
     early = fills - before;
     compact(s, logits, r->logits, STEPS);
     if (rc == 0)
@@ -316,8 +330,6 @@ static int stage_open(const struct world *w, struct stage *s, struct mk_err *err
 static int compare_choices(struct stage *s, const struct result *r, char *why, size_t size)
 {
     static const struct mk_sampling greedy = {.top_p = 1};
-    const uint16_t *behind = r->kv[0][0][0][PROMPT + STEPS - 1];
-
     for (int i = 0; i < STEPS; i++)
         if (rt_sample(r->logits[i], s->model.V, &greedy, PROMPT + i) != r->tokens[i])
             snprintf(why, size, "token %d is not the best", i);
@@ -326,9 +338,11 @@ static int compare_choices(struct stage *s, const struct result *r, char *why, s
             if (rt_sample(r->sampled_logits[k][i], s->model.V, &kinds[k], PROMPT + k + i + 1) !=
                 r->sampled[k][i])
                 snprintf(why, size, "sampler %d chooses another token %d", k, i);
-    for (int i = 0; i < s->model.E; i++)
-        if (behind[i] != POISON)
-            snprintf(why, size, "a row behind the last was written");
+    for (int layer = 0; layer < s->model.L && layer < 4; layer++)
+        for (int head = 0; head < s->model.K && head < 2; head++)
+            for (int i = 0; i < 2 * s->model.E; i++)
+                if (r->kv[layer][head][i / s->model.E][PROMPT + STEPS - 1][i % s->model.E] != POISON)
+                    snprintf(why, size, "a row behind the last was written: layer %d, head %d", layer, head);
     return *why != 0;
 }
 
@@ -437,9 +451,11 @@ static int run_world(const struct world *w, long first, long n)
     static struct result want;
     char why[65536];
     const double start = seconds();
+    struct rusage usage;
     struct stage s;
     struct mk_err err = {0};
     int failed = stage_open(w, &s, &err);
+    double token_ms;
 
     snprintf(why, sizeof why, "%s", failed ? err.text : "");
     if (failed || calm_run(&s, &want, why, sizeof why)) {
@@ -447,15 +463,17 @@ static int run_world(const struct world *w, long first, long n)
         print_replay(w, 1);
         failed = 1;
     }
+    token_ms = s.token_ms;
     for (long seed = first; !failed && seed < first + n; seed++)
         if (run_seed(&s, seed, &want, why, sizeof why)) {
             printf("FAILED %s %s %s, seed %ld: %s\n", w->model, w->arch, w->settings, seed, why);
             print_replay(w, seed);
             failed = 1;
         }
+    getrusage(RUSAGE_SELF, &usage);
     if (!failed)
-        printf("ok     %-16s %-6s %-62s %6ld seeds %6.1f s\n", w->model, w->arch, w->settings, n,
-               seconds() - start);
+        printf("ok     %-16s %-6s %-62s %6ld seeds %6.1f s, %4.1f ms a calm token, %3ld MiB\n", w->model, w->arch,
+               w->settings, n, seconds() - start, token_ms, usage.ru_maxrss >> 10);
     stage_close(&s);
     return failed;
 }
