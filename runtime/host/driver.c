@@ -382,7 +382,7 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, struct function *f, int 
 int cuMemAlloc_v2(device_pointer *p, size_t bytes)
 {
     struct buffer *b = calloc(1, sizeof *b);
-    char *memory = b ? guarded_alloc(bytes) : NULL;
+    char *memory = b ? guarded_alloc(bytes, bytes / 256 % 16 * 256) : NULL;
 
     *p = (device_pointer) (uintptr_t) memory;
     if (!memory) {
@@ -409,7 +409,7 @@ int cuMemFree_v2(device_pointer p)
     pthread_mutex_unlock(&lock);
     if (!b)
         return INVALID_VALUE;
-    free(b->memory);
+    guarded_free(b->memory);
     free(b);
     return DONE;
 }

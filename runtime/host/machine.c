@@ -54,7 +54,7 @@ static void draw_weights(void)
 
 /* ---- Memory --------------------------------------------------------------- */
 
-enum { GUARD = 8192, GUARD_BYTE = 0xa5 };
+enum { PAGE = 4096, GUARD = 8192, GUARD_BYTE = 0xa5 };
 
 /* AddressSanitizer has guards of its own, right behind the last byte, and tells at once. */
 static size_t guard_bytes(void)
@@ -62,15 +62,22 @@ static size_t guard_bytes(void)
     return __asan_region_is_poisoned ? 0 : GUARD;
 }
 
-void *guarded_alloc(size_t bytes)
+char *guarded_alloc(size_t bytes, unsigned at)
 {
-    void *memory;
+    void *page;
+    char *memory;
 
-    if (posix_memalign(&memory, 4096, bytes + guard_bytes()))
+    if (posix_memalign(&page, PAGE, at + bytes + guard_bytes()))
         return NULL;
+    memory = (char *) page + at;
     memset(memory, 0xff, bytes);
-    memset((char *) memory + bytes, GUARD_BYTE, guard_bytes());
+    memset(memory + bytes, GUARD_BYTE, guard_bytes());
     return memory;
+}
+
+void guarded_free(char *memory)
+{
+    free(memory ? memory - (uintptr_t) memory % PAGE : NULL);
 }
 
 size_t check_guard(const void *memory, size_t bytes)
@@ -113,8 +120,8 @@ static void start_lane(struct warp *w, int i)
 static int start_cta(struct cta *c)
 {
     c->index = (int) machine.next++;
-    free(c->shared);
-    c->shared = guarded_alloc(machine.smem);
+    guarded_free(c->shared);
+    c->shared = guarded_alloc(machine.smem, (unsigned) c->slot % 4 * 1024); /* they shall not all meet in a cache */
     if (!c->shared)
         return -1;
     memset(c->barriers, 0, sizeof c->barriers);
@@ -147,7 +154,7 @@ static void free_cta(struct cta *c)
         }
     if (c) {
         mbarrier_free(c);
-        free(c->shared);
+        guarded_free(c->shared);
         free(c->pending);
         free(c->stale);
         free(c->warps);
@@ -201,7 +208,9 @@ static int make_ctas(unsigned block, unsigned resident)
     machine.resident = resident;
     machine.ctas = calloc(resident, sizeof *machine.ctas);
     for (unsigned i = 0; machine.ctas && i < resident; i++)
-        if (!(machine.ctas[i] = make_cta()))
+        if ((machine.ctas[i] = make_cta()))
+            machine.ctas[i]->slot = (int) i;
+        else
             return -1;
     machine.n_warps = machine.ctas ? (int) resident * machine.ctas[0]->n_warps : 0;
     machine.warps = calloc((size_t) machine.n_warps + 1, sizeof *machine.warps);

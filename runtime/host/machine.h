@@ -129,6 +129,7 @@ struct mbarrier {
 
 struct cta {
     int index, live; /* live: lanes */
+    int slot;        /* in machine.ctas */
     char *shared;
     int n_warps;
     struct warp *warps;
@@ -197,10 +198,11 @@ extern struct machine machine;
 
 /* ---- machine.c ---- */
 
-/* BYTES from a multiple of 4096 on, all 0xff: NaN in every format, which is what nobody wrote.  Behind them
-   are guards, which check_guard looks at: 0, or 1 + how far behind the end a byte was written.  Addresses
-   are the same modulo 4096 in every run, and so the schedule is.  NULL: no memory. */
-void *guarded_alloc(size_t bytes);
+/* BYTES, all 0xff: NaN in every format, which is what nobody wrote.  Behind them are guards, which check_guard
+   looks at: 0, or 1 + how far behind the end a byte was written.  They begin at AT of a page of 4096: an
+   address modulo that is the same in every run, and so the schedule is.  NULL: no memory. */
+char *guarded_alloc(size_t bytes, unsigned at);
+void guarded_free(char *memory);
 size_t check_guard(const void *memory, size_t bytes);
 
 /* Start ENTRY in GRID blocks of BLOCK threads, RESIDENT of them at once; ARGS must live until it ends.

@@ -259,6 +259,7 @@ void mkhost_delay(void *p, uint32_t bytes)
     struct lane *l = ENTER("a store", p);
     const uint32_t scalar = bytes < 4 ? bytes : 4;
 
+    check_address(p, bytes);
     progress(l);
     proxy_wrote(l, p, bytes);
     if (machine.seed)

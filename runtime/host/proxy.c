@@ -94,15 +94,16 @@ void proxy_wrote(const struct lane *l, const void *p, uint32_t bytes)
 {
     const struct written w = {.lane = l, .number = ++machine.writes, .syncs = (uint32_t) l->warp->syncs,
                               .generation = (uint32_t) l->warp->cta->generation};
+    const uintptr_t at = (uintptr_t) p;
+    struct page *page;
 
     if (!machine.engine)
         return;
-    for (uintptr_t at = (uintptr_t) p / UNIT * UNIT; at < (uintptr_t) p + bytes; at += UNIT) {
-        struct page *page = find_page(at / PAGE);
-        if (!page)
-            page = make_page(at / PAGE);
-        page->unit[at % PAGE / UNIT] = w;
-    }
+    page = find_page(at / PAGE); /* of all: their address is a multiple of their size */
+    if (!page)
+        page = make_page(at / PAGE);
+    for (uint32_t i = 0; i < (bytes + UNIT - 1) / UNIT; i++)
+        page->unit[at % PAGE / UNIT + i] = w;
 }
 
 /* fence.proxy.async.global (9.7.13.4): what this thread wrote, or what came before it by a barrier or
