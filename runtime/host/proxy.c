@@ -1,4 +1,4 @@
-/* proxy.c - what the async proxy sees, which is the copy engine's bulk copies and wgmma (8.6.1; 9.7.13.4): what
+/* proxy.c - what the async proxy sees, which is the copy engine's bulk copies and wgmma (9.7.13.4, 9.7.15.4): what
    threads wrote only when a fence.proxy.async came between.
    Shared memory: stores are not seen here, so the fence of any thread shows all that its CTA has written;
    bytes that differ from what was shown are not fenced.
