@@ -1,17 +1,20 @@
 /* check.c - a proof, before anything runs, that no CTA waits for ever or overwrites what another
-   still reads.  A token is a list of steps, the same for every CTA: send my words of a hop, or
-   wait for those that I need.  From the plan follows who sends each word and who waits for it.
-   - No deadlock: what is awaited was sent by a step before.  Sending never waits, so that the
-     CTA that is furthest behind can always go on.
+   still reads.  A token is a list of stages, the same for every CTA that has them.
+   - No deadlock: what is awaited was sent in the same stage or in one before, so that all can go on
+     in the order of the list.
    - No word is overwritten too soon: whoever sends into a buffer again must know that all who
      read it last time have done so.  A CTA knows what it did, and, of every CTA whose words it
-     waits for, what that one knew when it sent them (check_reuse). */
+     waits for, what that one knew when it sent them.
+   CTAs differ by what their group has, heads or units or both: two groups of each kind and two
+   ranks of each stand for all, since a plan has all the words that these send, and more.  Each
+   keeps a vector clock: the last moment of every other one that it knows to be over.
+   Hops inside a cluster are the same: a landing place is a buffer, the phases of its mbarrier are
+   the tags, and all that comes to a CTA must also be awaited by it. */
 #include "config.h"
 
 #include <limits.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "gen/check.h"
@@ -20,654 +23,702 @@
 
 /* ---- The program of a token (decode.cu.m4, head.cu.m4) ------------------------- */
 
-/* A hop from everyone to everyone. */
-#define GRID(stage, when, hop, tag)                                                                \
-    {stage, when, GEN_SEND, hop, tag},                                                             \
-    {                                                                                              \
-        stage, when, GEN_WAIT, hop, tag                                                            \
-    }
-#define DIGITS_2(when, tag)                                                                        \
-    GRID("count_digit", when, GEN_HOP_COUNT, tag), GRID("count_digit", when, GEN_HOP_COUNT, tag + 1)
-#define DIGITS_8(when, tag)                                                                        \
-    DIGITS_2(when, tag), DIGITS_2(when, tag + 2), DIGITS_2(when, tag + 4), DIGITS_2(when, tag + 6)
+/* Short for the tables below. */
+enum { QKV = GEN_HOP_QKV, PART = GEN_HOP_PART, MLP = GEN_HOP_MLP, O = GEN_HOP_O };
+enum { DOWN = GEN_HOP_DOWN, BEST = GEN_HOP_BEST, COUNT = GEN_HOP_COUNT };
+enum { X_O = GEN_HOP_X_O, X_DOWN = GEN_HOP_X_DOWN, NONE = GEN_NO_HOP, LAYER = GEN_LAYER_TAG };
+/* x[0] or x[1], and the squares beside it. */
+enum { AFTER_O = 1 << X_O, AFTER_DOWN = 1 << X_DOWN };
 
-const struct gen_step gen_steps[] = {
-    {"qkv", GEN_ALWAYS, GEN_SEND, GEN_HOP_QKV, GEN_LAYER_TAG},
-    {"attn", GEN_ALWAYS, GEN_WAIT, GEN_HOP_QKV, GEN_LAYER_TAG},
-    {"attn", GEN_WHOLE, GEN_SEND, GEN_HOP_ATTN, GEN_LAYER_TAG},
-    {"attn", GEN_SPLIT, GEN_SEND, GEN_HOP_PART, GEN_LAYER_TAG},
-    {"attn", GEN_SPLIT, GEN_SEND, GEN_HOP_SCALE, GEN_LAYER_TAG},
-    {"attn_merge", GEN_SPLIT, GEN_WAIT, GEN_HOP_PART, GEN_LAYER_TAG},
-    {"attn_merge", GEN_SPLIT, GEN_WAIT, GEN_HOP_SCALE, GEN_LAYER_TAG},
-    {"attn_merge", GEN_SPLIT, GEN_SEND, GEN_HOP_ATTN, GEN_LAYER_TAG},
-    {"attn_out", GEN_ALWAYS, GEN_WAIT, GEN_HOP_ATTN, GEN_LAYER_TAG},
-    {"attn_out", GEN_ALWAYS, GEN_SEND, GEN_HOP_O, GEN_LAYER_TAG},
-    {"add_norm", GEN_ALWAYS, GEN_WAIT, GEN_HOP_O, GEN_LAYER_TAG},
-    {"mlp", GEN_ALWAYS, GEN_SEND, GEN_HOP_MLP, GEN_LAYER_TAG},
-    {"mlp_down", GEN_ALWAYS, GEN_WAIT, GEN_HOP_MLP, GEN_LAYER_TAG},
-    {"mlp_down", GEN_ALWAYS, GEN_SEND, GEN_HOP_DOWN, GEN_LAYER_TAG},
-    {"add_norm", GEN_ALWAYS, GEN_WAIT, GEN_HOP_DOWN, GEN_LAYER_TAG},
-    GRID("grid_best", GEN_GREEDY | GEN_TOP_K | GEN_TOP_P, GEN_HOP_BEST, 0),
-    DIGITS_8(GEN_TOP_K, 1),
-    DIGITS_8(GEN_TOP_P, 9),
-    GRID("grid_best", GEN_SAMPLE, GEN_HOP_BEST, 17),
-    {NULL, 0, 0, 0, 0}};
+/* X is awaited in rows, at once behind add_norm.  Ranks that send QKV, PART or MLP meet before;
+   others neither meet nor read x. */
+static const struct gen_stage stages[] = {
+    {"rows(QKV)", GEN_ALWAYS, GEN_HEADS, 0, NONE, QKV, NONE, AFTER_DOWN, LAYER, 1},
+    {"attn", GEN_ALWAYS, GEN_HEADS, 0, QKV, PART, NONE, 0, LAYER, 1},
+    {"columns(O)", GEN_ALWAYS, GEN_HEADS, 1, PART, O, NONE, 0, LAYER, 1},
+    {"add_norm(O)", GEN_ALWAYS, GEN_ANY, 0, O, X_O, X_O, AFTER_DOWN, LAYER, 1},
+    {"rows(MLP)", GEN_ALWAYS, GEN_UNITS, 0, NONE, MLP, NONE, AFTER_O, LAYER, 1},
+    {"columns(DOWN)", GEN_ALWAYS, GEN_UNITS, 0, MLP, DOWN, NONE, 0, LAYER, 1},
+    {"add_norm(DOWN)", GEN_ALWAYS, GEN_ANY, 0, DOWN, X_DOWN, X_DOWN, AFTER_O, LAYER, 1},
+    {"rows(HEAD)", GEN_ALWAYS, GEN_ANY, 0, NONE, NONE, NONE, AFTER_DOWN, 0, 1},
+    {"grid_best", GEN_GREEDY | GEN_TOP_K | GEN_TOP_P, GEN_ANY, 1, NONE, BEST, BEST, 0, 0, 1},
+    {"count_digit", GEN_TOP_K, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 1, 8},
+    {"count_digit", GEN_TOP_P, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 9, 8},
+    {"grid_best", GEN_SAMPLE, GEN_ANY, 1, NONE, BEST, BEST, 0, 17, 1},
+    {NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0}};
 
-/* Every sampler. */
+const struct gen_graph gen_graph = {
+    .hops = {[QKV] = {"QKV", GEN_HEADS, GEN_TO_GROUP, GEN_SOME_RANKS, 1},
+             [PART] = {"PART", GEN_HEADS, GEN_TO_GROUP, GEN_SOME_RANKS, 1},
+             [MLP] = {"MLP", GEN_UNITS, GEN_TO_GROUP, GEN_SOME_RANKS, 1},
+             [X_O] = {"X[0]", GEN_ANY, GEN_TO_GROUP, GEN_EACH_WARP, 1},
+             [O] = {"O", GEN_HEADS, GEN_TO_RANK, GEN_EACH_RANK, 2},
+             [DOWN] = {"DOWN", GEN_UNITS, GEN_TO_RANK, GEN_EACH_RANK, 2},
+             [BEST] = {"BEST", GEN_ANY, GEN_TO_ALL, GEN_EACH_RANK, 1},
+             [COUNT] = {"COUNT", GEN_ANY, GEN_TO_ALL, GEN_EACH_RANK, 2},
+             [X_DOWN] = {"X[1]", GEN_ANY, GEN_TO_GROUP, GEN_EACH_WARP, 1}},
+    .stages = stages,
+};
+
+/* Every sampler; the first one's tokens know the least of each other. */
 static const int samplers[] = {GEN_GREEDY, GEN_SAMPLE, GEN_SAMPLE | GEN_TOP_K,
                                GEN_SAMPLE | GEN_TOP_P, GEN_SAMPLE | GEN_TOP_K | GEN_TOP_P};
 
-/* ---- Who sends, who waits ------------------------------------------------------ */
+/* ---- Who knows what ------------------------------------------------------------ */
 
-/* A CTA sends the words of a hop in units, and waits for groups of units. */
-enum deal { BLOCKS, TASKS, TURNS }; /* a phase's blocks; attention's tasks; CTA c: c, c + ctas .. */
+/* 3 kinds of groups x 2 of each x 2 ranks of each, and as many as vector registers like. */
+enum { MOST_ACTORS = 16, MOST_PLACES = 8, MOST_BUFFERS = 2, MOST_USES = 192 };
 
-struct shape {
-    const char *name;
-    int deal, phase; /* phase: with BLOCKS */
-    int unit_words;
-    int units;         /* that are awaited */
-    int group, groups; /* of unit u: u / group % groups */
-};
-
-static int head_words(const struct gen_plan *p)
-{
-    return p->model.E / 8 * 3;
-}
-
-static struct shape hop_shape(const struct gen_plan *p, int hop, int splits)
-{
-    const struct gen_model *m = &p->model;
-    const int head = m->E / 8, merged = splits > 1;
-    const struct shape shapes[GEN_HOPS] = {
-        [GEN_HOP_QKV] = {"QKV", BLOCKS, GEN_QKV, 3, (m->H + 2 * m->K) * head, head,
-                         m->H + 2 * m->K},
-        [GEN_HOP_PART] = {"PART", TASKS, 0, head * 3, merged ? splits * m->H : 0, 1, m->H},
-        [GEN_HOP_SCALE] = {"SCALE", TASKS, 0, 1, merged ? splits * m->H : 0, 1, m->H},
-        [GEN_HOP_ATTN] = {"ATTN", merged ? TURNS : TASKS, 0, merged ? 1 : head * 3,
-                          merged ? m->H * head * 3 : m->H, 1, 1},
-        [GEN_HOP_O] = {"O", BLOCKS, GEN_O, 3, m->D / 8, 1, 1},
-        [GEN_HOP_MLP] = {"MLP", BLOCKS, GEN_MLP, 3, m->F / 8, 1, 1},
-        [GEN_HOP_DOWN] = {"DOWN", BLOCKS, GEN_DOWN, 3, m->D / 8, 1, 1},
-        [GEN_HOP_BEST] = {"BEST", TURNS, 0, 1, p->ctas, 1, 1},
-        [GEN_HOP_COUNT] = {"COUNT", TURNS, 0, 16, p->ctas, 1, 1},
-    };
-
-    return shapes[hop];
-}
-
-/* Tasks are (KV head, group of its query heads, split). */
-struct task {
-    int head, split, q0, queries;
-};
-
-static struct task task_of(const struct gen_plan *p, int task)
-{
-    const struct gen_model *m = &p->model;
-    const int ratio = m->H / m->K, head = task % m->K, group = task / m->K % p->groups;
-    const int q0 = head * ratio + group * p->head_group, left = (head + 1) * ratio - q0;
-
-    return (struct task){head, task / (m->K * p->groups), q0,
-                         left < p->head_group ? left : p->head_group};
-}
-
-enum { NOBODY = 0xffff, MOST_CTAS = 1024, TOKENS = 3, SAMPLER = 2 };
-typedef uint64_t set; /* CTAs: as many of these as "wide" says */
-
-struct hop {
-    struct shape shape;
-    uint16_t *sender; /* [units] */
-    set *senders;     /* [groups] */
-    uint16_t *awaits; /* [ctas][most]: groups, then NOBODY */
-    int most;
-    set *all_senders, *readers;
-};
-
-/* A step of the tokens at work. */
+/* A stage at work; they count from 1. */
 struct use {
-    const struct gen_step *step;
-    int tag, layer, token, many; /* layer: 0, 1 or SAMPLER; many: splits */
+    const struct gen_stage *stage;
+    int tag, layer, token; /* layer: in the sampler the tag behind L */
 };
 
-struct check {
+/* A moment of each actor, or a use.  Use I is half over (what it waits for first has been read, its
+   words are sent) at moment 2 I + 1, and over at 2 I + 2. */
+struct clock {
+    int16_t at[MOST_ACTORS];
+};
+
+/* Where the words of a hop meet those who wait for them: a group, a rank, or everywhere. */
+struct place {
+    int use, senders;  /* the last one that sent; bits */
+    struct clock told; /* what they knew */
+};
+
+/* A buffer of a hop: the use that sent last, and who reads. */
+struct buffer {
+    int sent;
+    struct clock wait;  /* the last use that waited */
+    struct clock until; /* the moment at which it has been read */
+    struct clock kept;  /* not 0: a use that reads it again, whose words tell that it has done so */
+};
+
+struct state {
     const struct gen_plan *p;
+    const struct gen_graph *graph;
     struct mk_err *err;
-    int wide;
-    int splits[2];
-    struct hop hop[2][GEN_HOPS]; /* with few and with many splits */
-    set *know;                   /* [ctas]: who has read, as far as a CTA knows */
-    set *sent[GEN_HOPS];         /* [ctas]: KNOW when the words of a hop were sent */
-    set *together;               /* [groups] */
-    struct use use[TOKENS * 2 * GEN_MOST_STEPS];
+    int actors, ranks, kind[MOST_ACTORS], group[MOST_ACTORS];
+    int of_kind[GEN_ANY + 1], members[GEN_TO_ALL + 1][MOST_PLACES]; /* bits */
     int uses;
+    struct use use[MOST_USES];
+    struct clock know[MOST_ACTORS];
+    struct clock learned[MOST_ACTORS]; /* and what a warp has learned in the stage at work */
+    struct clock heard[MOST_ACTORS];   /* use of the last words of a hop of GEN_SOME_RANKS */
+    struct place place[GEN_USED_HOPS][MOST_PLACES];
+    struct buffer buffer[GEN_USED_HOPS][MOST_BUFFERS];
 };
 
-static void add(set *s, int cta)
+static int first(int bits)
 {
-    s[cta / 64] |= (set) 1 << cta % 64;
+    return __builtin_ctz((unsigned) bits);
 }
 
-static int first_of(set s, int word)
+static int place_of(const struct state *s, int reach, int actor)
 {
-    return word * 64 + __builtin_ctzll(s);
+    return reach == GEN_TO_GROUP ? actor / s->ranks : reach == GEN_TO_RANK ? actor % s->ranks : 0;
 }
 
-/* Unit UNIT of hop H is sent by CTA. */
-static int deal_unit(struct check *k, struct hop *h, int64_t unit, int cta)
+/* Two groups of each kind that the plan has, if there are two, and two ranks of each. */
+static void choose_actors(struct state *s)
 {
-    const struct shape *s = &h->shape;
+    int found[GEN_ANY + 1] = {0};
 
-    if (unit < 0 || unit >= s->units)
-        return gen_fail(k->err, MK_EINVAL,
-                        "plan: hop %s: CTA %d sends word %lld, and only 0..%d are awaited", s->name,
-                        cta, (long long) unit * s->unit_words, s->units * s->unit_words - 1);
-    if (h->sender[unit] != NOBODY)
-        return gen_fail(k->err, MK_EINVAL, "plan: hop %s: word %d is sent by CTA %d and by CTA %d",
-                        s->name, (int) unit * s->unit_words, h->sender[unit], cta);
-    h->sender[unit] = (uint16_t) cta;
-    add(h->senders + (int) unit / s->group % s->groups * k->wide, cta);
-    add(h->all_senders, cta);
-    return 0;
-}
-
-/* gemv.cu.m4: my_blocks. */
-static int my_blocks(const struct gen_plan *p, const struct gen_phase *f, int cta)
-{
-    const int dealt = f->blocks / f->step;
-
-    return (dealt / p->ctas + (cta < dealt % p->ctas)) * f->step;
-}
-
-/* gemv.cu.m4: my_block; mlp.cu.m4 sends a block for two, gate and up. */
-static int deal_blocks(struct check *k, struct hop *h, int cta)
-{
-    const struct gen_phase *f = &k->p->phase[h->shape.phase];
-    const int n = my_blocks(k->p, f, cta), merged = h->shape.phase == GEN_MLP ? 2 : 1;
-    int rc = 0;
-
-    for (int local = 0; local < n && rc == 0; local += merged)
-        rc = deal_unit(
-            k, h,
-            (((int64_t) (local / f->step) * k->p->ctas + cta) * f->step + local % f->step) / merged,
-            cta);
-    return rc;
-}
-
-/* attn.cu.m4: attn. */
-static int deal_tasks(struct check *k, struct hop *h, int splits, int cta)
-{
-    const int tasks = k->p->model.K * k->p->groups * splits;
-    int rc = 0;
-
-    for (int i = cta; i < tasks && h->shape.units; i += k->p->ctas) {
-        const struct task t = task_of(k->p, i);
-        for (int q = t.q0; q < t.q0 + t.queries && rc == 0; q++)
-            rc = deal_unit(k, h, (int64_t) t.split * k->p->model.H + q, cta);
-    }
-    return rc;
-}
-
-/* The I-th group of hop HOP that CTA waits for, or NOBODY. */
-static int awaited(const struct gen_plan *p, int hop, int splits, int cta, int i)
-{
-    const struct gen_model *m = &p->model;
-
-    if (hop == GEN_HOP_QKV) { /* the task's query heads, the key head, the value head */
-        const int heads = p->head_group + 2, at = i % heads;
-        const int task = cta + i / heads * p->ctas;
-        const struct task t = task_of(p, task);
-        if (task >= m->K * p->groups * splits)
-            return NOBODY;
-        return at < p->head_group ? t.q0 + (at < t.queries ? at : t.queries - 1)
-                                  : m->H + (at > p->head_group) * m->K + t.head;
-    }
-    if (hop == GEN_HOP_PART || hop == GEN_HOP_SCALE) {
-        const int word = cta + i * p->ctas;
-        return splits > 1 && word < m->H * head_words(p) ? word / head_words(p) : NOBODY;
-    }
-    return i ? NOBODY : 0;
-}
-
-static int most_awaited(const struct gen_plan *p, int hop, int splits)
-{
-    int i = 0;
-
-    while (awaited(p, hop, splits, 0, i) != NOBODY)
-        i++;
-    return i;
-}
-
-/* Who sends what of hop HOP, and who waits for what; each word must have one sender. */
-static int deal_hop(struct check *k, int hop, int many)
-{
-    struct hop *h = &k->hop[many][hop];
-    const struct shape *s = &h->shape;
-    int rc = 0;
-
-    memset(h->sender, 0xff, (size_t) s->units * sizeof *h->sender);
-    for (int cta = 0; cta < k->p->ctas && rc == 0; cta++) {
-        if (s->deal == BLOCKS)
-            rc = deal_blocks(k, h, cta);
-        else if (s->deal == TASKS)
-            rc = deal_tasks(k, h, k->splits[many], cta);
-        else
-            for (int i = cta; i < s->units && rc == 0; i += k->p->ctas)
-                rc = deal_unit(k, h, i, cta);
-        for (int i = 0; i < h->most; i++)
-            h->awaits[cta * h->most + i] = (uint16_t) awaited(k->p, hop, k->splits[many], cta, i);
-        if (h->most && h->awaits[cta * h->most] != NOBODY)
-            add(h->readers, cta);
-    }
-    for (int i = 0; i < s->units && rc == 0; i++)
-        if (h->sender[i] == NOBODY)
-            rc = gen_fail(k->err, MK_EINVAL,
-                          "plan: hop %s: word %d is awaited and no CTA sends it: deadlock", s->name,
-                          i * s->unit_words);
-    return rc;
-}
-
-/* Give all arrays their place behind BASE; returns the bytes that they take. */
-static size_t lay_out(struct check *k, char *base)
-{
-    const size_t ctas = (size_t) k->p->ctas, row = (size_t) k->wide * sizeof(set);
-    size_t at = 0, groups = 0;
-
-#define PLACE(pointer, bytes)                                                                      \
-    ((pointer) = base ? (void *) (base + at) : NULL, at += ((bytes) + 7) & ~(size_t) 7)
-    for (int i = 0; i < 2 * GEN_HOPS; i++) {
-        struct hop *h = &k->hop[i / GEN_HOPS][i % GEN_HOPS];
-        h->shape = hop_shape(k->p, i % GEN_HOPS, k->splits[i / GEN_HOPS]);
-        h->most = most_awaited(k->p, i % GEN_HOPS, k->splits[i / GEN_HOPS]);
-        groups = (size_t) h->shape.groups > groups ? (size_t) h->shape.groups : groups;
-        PLACE(h->sender, (size_t) h->shape.units * sizeof *h->sender);
-        PLACE(h->awaits, ctas * (size_t) h->most * sizeof *h->awaits);
-        PLACE(h->senders, (size_t) h->shape.groups * row);
-        PLACE(h->all_senders, row);
-        PLACE(h->readers, row);
-    }
-    PLACE(k->know, ctas * row);
-    PLACE(k->together, groups * row);
-    for (int i = 0; i < GEN_HOPS; i++)
-        PLACE(k->sent[i], ctas * row);
-#undef PLACE
-    return at;
-}
-
-/* ---- Order --------------------------------------------------------------------- */
-
-/* Two layers (the last, and one before) and the sampler, of tokens with the few, the many, or
-   both counts of splits. */
-static void unroll(struct check *k, const struct gen_step *steps, const int *many, int sampler)
-{
-    const int L = k->p->model.L;
-
-    k->uses = 0;
-    for (int token = 0; token < TOKENS; token++) {
-        const int now = sampler | (k->splits[many[token]] > 1 ? GEN_SPLIT : GEN_WHOLE);
-        for (int layer = 0; layer <= SAMPLER; layer++)
-            for (const struct gen_step *s = steps; s->stage; s++) {
-                const int tag = s->tag == GEN_LAYER_TAG ? layer : L + s->tag;
-                if (s->when & now && (s->tag == GEN_LAYER_TAG) == (layer < SAMPLER))
-                    k->use[k->uses++] =
-                        (struct use){s, token * MK_TOKEN_TAGS(L) + tag, layer, token, many[token]};
+    s->ranks = s->p->group < 2 ? 1 : 2;
+    for (const struct gen_class *c = s->p->cls; c < s->p->cls + s->p->n_classes; c++) {
+        const int kind = (c->heads ? GEN_HEADS : 0) | (c->units ? GEN_UNITS : 0);
+        for (int g = 0; g < c->groups && found[kind] < 2; g++, found[kind]++)
+            for (int rank = 0; rank < s->ranks; rank++) {
+                s->kind[s->actors] = kind;
+                s->group[s->actors++] = c->first + g;
             }
     }
+    for (int a = 0; a < s->actors; a++) {
+        for (int who = GEN_HEADS; who <= GEN_ANY; who++)
+            s->of_kind[who] |= !!(s->kind[a] & who) << a;
+        for (int reach = 0; reach <= GEN_TO_ALL; reach++)
+            s->members[reach][place_of(s, reach, a)] |= 1 << a;
+    }
 }
 
-/* "layer l's" and so on, for sentences. */
-static const char *whose(const struct check *k, const struct use *u, char *text, size_t size)
+static void learn(struct clock *to, const struct clock *from)
 {
-    if (u->token > 0)
-        snprintf(text, size, "%s token's", u->token == 1 ? "the next" : "a later");
-    else if (u->layer < SAMPLER)
-        snprintf(text, size, "layer l%s's", u->layer ? "+1" : "");
+    for (int i = 0; i < MOST_ACTORS; i++)
+        to->at[i] = to->at[i] > from->at[i] ? to->at[i] : from->at[i];
+}
+
+/* ---- Sentences ----------------------------------------------------------------- */
+
+struct text {
+    char of[64];
+};
+
+static struct text cta_text(const struct state *s, int actor)
+{
+    const int group = s->group[actor], rank = actor % s->ranks;
+    struct text t;
+
+    snprintf(t.of, sizeof t.of, "CTA %d (rank %d of group %d)", group * s->p->group + rank, rank,
+             group);
+    return t;
+}
+
+/* What U is beside OLD. */
+static struct text whose(const struct use *old, const struct use *u)
+{
+    struct text t = {"layer l's"};
+
+    if (u->token > old->token)
+        snprintf(t.of, sizeof t.of, "the next token's");
+    else if (u->stage->tag != GEN_LAYER_TAG)
+        snprintf(t.of, sizeof t.of, "tag L+%d's", u->layer);
+    else if (u->layer > old->layer)
+        snprintf(t.of, sizeof t.of, "layer l+%d's", u->layer - old->layer);
+    return t;
+}
+
+/* WRITER sends in use NOW what READER has not read, as far as WRITER knows. */
+static int fail_reuse(const struct state *s, int hop, int writer, int reader, int now,
+                      const struct buffer *b)
+{
+    const char *name = s->graph->hops[hop].name;
+    const struct text w = cta_text(s, writer), r = cta_text(s, reader);
+    const int known = s->know[writer].at[reader] >= b->until.at[reader];
+    const struct use *new = &s->use[now];
+    const struct use *old = &s->use[known ? b->kept.at[reader] : (b->until.at[reader] - 1) / 2];
+
+    if (b->wait.at[reader] < b->sent)
+        return gen_fail(s->err, MK_EINVAL,
+                        "plan: hop %s: %s does not wait for what %s sends before %s sends again",
+                        name, r.of, s->use[b->sent].stage->name, new->stage->name);
+    return gen_fail(s->err, MK_EINVAL,
+                    "plan: hop %s: %s may send %s words (%s) while %s still reads %s (%s): nothing "
+                    "that it waits for in between comes from there, directly or through others",
+                    name, w.of, whose(old, new).of, new->stage->name, r.of, whose(old, old).of,
+                    old->stage->name);
+}
+
+/* Actor A waits in use NOW for words of MISSING (0: of nobody). */
+static int fail_wait(const struct state *s, int hop, int a, int now, int missing)
+{
+    const struct use *u = &s->use[now], *late = s->use + s->uses;
+
+    while (missing && late > u &&
+           (late->stage->send != hop || late->tag != u->tag ||
+            !(late->stage->who & s->kind[first(missing)])))
+        late--;
+    return gen_fail(s->err, MK_EINVAL, "plan: hop %s: %s waits in %s for words that %s%s: deadlock",
+                    s->graph->hops[hop].name, cta_text(s, a).of, u->stage->name,
+                    missing && late > u ? "are sent only behind it, in " : "nobody sends",
+                    missing && late > u ? late->stage->name : "");
+}
+
+/* ---- Stages -------------------------------------------------------------------- */
+
+/* WRITER sends in use NOW into B: all who read there have done so, as far as it knows. */
+static int check_reuse(const struct state *s, int hop, int writer, int now, const struct buffer *b)
+{
+    const int reach = s->graph->hops[hop].reach;
+    const struct clock *know = &s->know[writer], *heard = &s->heard[writer];
+
+    for (int left = s->members[reach][place_of(s, reach, writer)]; left; left &= left - 1) {
+        const int r = first(left), kept = b->kept.at[r];
+        if (b->wait.at[r] < b->sent || know->at[r] < b->until.at[r] ||
+            (heard->at[r] < kept && know->at[r] < 2 * kept + 1))
+            return fail_reuse(s, hop, writer, r, now, b);
+    }
+    return 0;
+}
+
+/* All CTAs that have use NOW send.  Of a hop of GEN_EACH_WARP each warp's words are awaited, so
+   that they also tell what the warps have done in this stage. */
+static int send_all(struct state *s, int now)
+{
+    const struct use *u = &s->use[now];
+    const int hop = u->stage->send;
+    const struct gen_hop *h = &s->graph->hops[hop];
+    struct buffer *b = &s->buffer[hop][u->tag % h->buffers];
+
+    for (int left = s->of_kind[u->stage->who]; left; left &= left - 1) {
+        const int a = first(left), each_warp = h->sure == GEN_EACH_WARP;
+        struct place *at = &s->place[hop][place_of(s, h->reach, a)];
+        const struct use *last = &s->use[at->use];
+        if (at->use < now && last->tag >= u->tag)
+            return gen_fail(s->err, MK_EINVAL,
+                            "plan: hop %s: %s sends with tag %d behind %s with tag %d", h->name,
+                            u->stage->name, u->tag, last->stage->name, last->tag);
+        if (!(s->kind[a] & h->from))
+            return gen_fail(s->err, MK_EINVAL, "plan: hop %s: nobody waits for what %s sends in %s",
+                            h->name, cta_text(s, a).of, u->stage->name);
+        if (b->sent && check_reuse(s, hop, a, now, b))
+            return MK_EINVAL;
+        if (at->use < now)
+            *at = (struct place){.use = now};
+        at->senders |= 1 << a;
+        if (each_warp)
+            s->learned[a].at[a] = (int16_t) (2 * now + 1);
+        learn(&at->told, each_warp ? &s->learned[a] : &s->know[a]);
+    }
+    b->sent = now;
+    return 0;
+}
+
+/* Actor A waits in use NOW for hop HOP, reads it until moment UNTIL, and learns TO. */
+static int wait_for(struct state *s, int a, int now, int hop, int until, struct clock *to)
+{
+    const struct gen_hop *h = &s->graph->hops[hop];
+    const int where = place_of(s, h->reach, a), tag = s->use[now].tag;
+    const struct place *at = &s->place[hop][where];
+    const int from = s->members[h->reach][where] & s->of_kind[h->from];
+    const int missing = from & ~(s->use[at->use].tag == tag ? at->senders : 0);
+    struct buffer *b = &s->buffer[hop][tag % h->buffers];
+
+    if (missing || !from)
+        return fail_wait(s, hop, a, now, missing);
+    if (h->sure != GEN_SOME_RANKS)
+        learn(to, &at->told);
     else
-        snprintf(text, size, "tag L+%d's", u->tag - k->p->model.L);
-    return text;
-}
-
-/* Every step waits for the words of a step before it; every use of a hop has a tag of its own. */
-static int check_order(struct check *k)
-{
-    const struct use *last[GEN_HOPS] = {NULL};
-    unsigned unread = 0;
-
-    for (const struct use *u = k->use; u < k->use + k->uses; u++) {
-        const int hop = u->step->hop;
-        const char *name = k->hop[0][hop].shape.name, *stage = u->step->stage;
-        const struct use *sent = last[hop];
-        if (u->step->op == GEN_WAIT && (!sent || sent->tag != u->tag))
-            return gen_fail(
-                k->err, MK_EINVAL,
-                "plan: hop %s: CTAs wait in %s for words that nobody has sent: deadlock", name,
-                stage);
-        if (u->step->op == GEN_WAIT) {
-            unread &= ~(1u << hop);
-            continue;
-        }
-        if (unread >> hop & 1)
-            return gen_fail(k->err, MK_EINVAL,
-                            "plan: hop %s: no CTA waits for what %s sends before %s sends again",
-                            name, sent->step->stage, stage);
-        if (sent && u->tag <= sent->tag)
-            return gen_fail(k->err, MK_EINVAL,
-                            "plan: hop %s: %s sends with tag %d behind one with tag %d", name,
-                            stage, u->tag, sent->tag);
-        last[hop] = u;
-        unread |= 1u << hop;
-    }
+        for (int left = from; left; left &= left - 1)
+            s->heard[a].at[first(left)] = (int16_t) at->use;
+    b->wait.at[a] = (int16_t) now;
+    b->until.at[a] = (int16_t) until;
+    b->kept.at[a] = 0;
     return 0;
 }
 
-/* A token's tags are its own: the layers', then the sampler's, MK_TOKEN_TAGS in all. */
-static int check_tags(struct check *k, const struct gen_step *steps)
+/* Actor A goes on reading X.  Ranks that send nothing in a stage read nothing in it. */
+static void keep(struct state *s, int a, int now)
 {
-    const int L = k->p->model.L;
+    const struct gen_stage *stage = s->use[now].stage;
+    const int some = stage->send != NONE && s->graph->hops[stage->send].sure == GEN_SOME_RANKS;
 
-    for (const struct gen_step *s = steps; s->stage; s++)
-        if (s->tag != GEN_LAYER_TAG && (s->tag < 0 || L + s->tag >= MK_TOKEN_TAGS(L)))
-            return gen_fail(k->err, MK_EINVAL,
-                            "plan: hop %s: %s uses tag %d of a token, which has %d",
-                            k->hop[0][s->hop].shape.name, s->stage, L + s->tag, MK_TOKEN_TAGS(L));
-    return 0;
-}
-
-/* Everyone who waits for hop H learns what those knew who sent its words. */
-static void learn(struct check *k, const struct hop *h, const set *sent)
-{
-    const int wide = k->wide;
-
-    memset(k->together, 0, (size_t) (h->shape.groups * wide) * sizeof(set));
-    for (int g = 0; g < h->shape.groups; g++)
-        for (int i = 0; i < wide; i++)
-            for (set s = h->senders[g * wide + i]; s; s &= s - 1)
-                for (int j = 0; j < wide; j++)
-                    k->together[g * wide + j] |= sent[first_of(s, i) * wide + j];
-    for (int cta = 0; cta < k->p->ctas; cta++) {
-        const uint16_t *g = h->awaits + cta * h->most;
-        for (int i = 0; i < h->most && g[i] != NOBODY; i++)
-            for (int j = 0; j < wide; j++)
-                k->know[cta * wide + j] |= k->together[g[i] * wide + j];
+    for (int left = stage->keep; left; left &= left - 1) {
+        struct buffer *b = s->buffer[first(left)];
+        b += b[1].wait.at[a] > b->wait.at[a];
+        if (b->wait.at[a] && some)
+            b->kept.at[a] = (int16_t) now;
+        else if (b->wait.at[a])
+            b->until.at[a] = (int16_t) (2 * now + 1);
     }
 }
 
-/* Does one of WRITERS (NULL: any CTA) not know of one of READERS?  Which, of whom? */
-static int unaware(const struct check *k, const set *writers, const set *readers, int *w, int *r)
+/* All CTAs that have use NOW run it. */
+static int run_use(struct state *s, int now)
 {
-    for (*w = 0; *w < k->p->ctas; ++*w) {
-        const set *known = k->know + *w * k->wide;
-        if (writers && !(writers[*w / 64] >> *w % 64 & 1))
-            continue;
-        for (int i = 0; i < k->wide; i++)
-            if (readers[i] & ~known[i])
-                return *r = first_of(readers[i] & ~known[i], i), 1;
+    const struct gen_stage *stage = s->use[now].stage;
+    const int all = s->of_kind[stage->who];
+
+    for (int left = all; left; left &= left - 1) {
+        const int a = first(left);
+        if (stage->meet)
+            s->know[a].at[a] = (int16_t) (2 * now);
+        s->learned[a] = s->know[a];
+        keep(s, a, now);
+        if (stage->wait != NONE && wait_for(s, a, now, stage->wait, 2 * now + 1, &s->learned[a]))
+            return MK_EINVAL;
     }
+    if (stage->send != NONE && send_all(s, now))
+        return MK_EINVAL;
+    for (int left = stage->then == NONE ? 0 : all; left; left &= left - 1)
+        if (wait_for(s, first(left), now, stage->then, 2 * now + 2, &s->know[first(left)]))
+            return MK_EINVAL;
     return 0;
 }
 
-/* The step that sends into the buffer that step READ reads, or NULL. */
-static const struct use *next_in_buffer(const struct check *k, const struct use *read)
+/* ---- Tokens -------------------------------------------------------------------- */
+
+/* Stage G of LAYER in TOKEN is a use, or several, if it runs there.  A token's tags are its own. */
+static int add_uses(struct state *s, const struct gen_stage *g, int token, int layer, int layers)
 {
-    const int buffers = k->p->hop_buffers[read->step->hop];
+    const int in_layer = g->tag == GEN_LAYER_TAG, tag = in_layer ? 0 : g->tag;
+    const int tags = MK_TOKEN_TAGS(layers);
 
-    for (const struct use *u = read + 1; u < k->use + k->uses; u++)
-        if (u->step->op == GEN_SEND && u->step->hop == read->step->hop &&
-            u->tag % buffers == read->tag % buffers)
-            return u;
-    return NULL;
-}
-
-/* Who sends again into the buffer that step READ reads must know that all have read it. */
-static int check_reuse(struct check *k, const struct use *read)
-{
-    const struct use *again = next_in_buffer(k, read);
-    const struct hop *h = &k->hop[read->many][read->step->hop];
-    const size_t bytes = (size_t) (k->p->ctas * k->wide) * sizeof(set);
-    unsigned fresh = 0; /* hops that were sent since */
-    char old[32], new[32];
-    int w, r;
-
-    if (!again)
+    if (in_layer != (layer < layers))
         return 0;
-    memset(k->know, 0, bytes);
-    for (int cta = 0; cta < k->p->ctas; cta++)
-        k->know[cta * k->wide + cta / 64] = h->readers[cta / 64] & (set) 1 << cta % 64;
-    for (const struct use *u = read + 1; u < again; u++) {
-        const int hop = u->step->hop;
-        if (u->step->op == GEN_SEND) {
-            memcpy(k->sent[hop], k->know, bytes);
-            fresh |= 1u << hop;
-        } else if (fresh >> hop & 1) {
-            learn(k, &k->hop[u->many][hop], k->sent[hop]);
-            if (!unaware(k, NULL, h->readers, &w, &r))
-                return 0;
-        }
-    }
-    if (!unaware(k, k->hop[again->many][again->step->hop].all_senders, h->readers, &w, &r))
-        return 0;
-    return gen_fail(k->err, MK_EINVAL,
-                    "plan: hop %s: CTA %d may send %s words (%s) while CTA %d still reads %s (%s): "
-                    "nothing that CTA %d waits for in between comes from CTA %d, directly or "
-                    "through others (attention splits: %d)",
-                    h->shape.name, w, whose(k, again, new, sizeof new), again->step->stage, r,
-                    whose(k, read, old, sizeof old), read->step->stage, w, r,
-                    k->splits[read->many]);
+    if (tag < 0 || layer + tag + g->times > tags)
+        return gen_fail(s->err, MK_EINVAL, "plan: %s uses tag L%+d of a token, which has L+%d",
+                        g->name, tag + g->times - 1, tags - layers);
+    if (s->uses + g->times >= MOST_USES)
+        return gen_fail(s->err, MK_EINVAL, "plan: a token has too many stages to check");
+    for (int i = 0; i < g->times; i++)
+        s->use[++s->uses] =
+            (struct use){g, token * tags + layer + tag + i, in_layer ? layer : tag + i, token};
+    return 0;
 }
 
-/* Every change of the split count, with the first sampler: others have its steps and more, so
-   that only their own buffers are left to look at. */
-static int check_tokens(struct check *k, const struct gen_step *steps)
+static int check_tokens(struct state s, int sampler, int tokens, int layers)
 {
-    int rc = check_tags(k, steps);
+    s.use[0].tag = -1;
+    for (int token = 0; token < tokens; token++)
+        for (int layer = 0; layer <= layers; layer++)
+            for (const struct gen_stage *g = s.graph->stages; g->name; g++)
+                if (g->when & sampler && add_uses(&s, g, token, layer, layers))
+                    return MK_EINVAL;
+    for (int now = 1; now <= s.uses; now++)
+        if (run_use(&s, now))
+            return MK_EINVAL;
+    return 0;
+}
 
-    for (size_t i = 0; i < sizeof samplers / sizeof *samplers; i++)
-        for (int kind = 0; kind < (i ? 1 : 4) && rc == 0; kind++) {
-            unroll(k, steps, (const int[TOKENS]){kind / 2, kind % 2, kind / 2}, samplers[i]);
-            rc = check_order(k);
-            for (const struct use *u = k->use; rc == 0 && u < k->use + k->uses && !u->token; u++)
-                if (u->step->op == GEN_WAIT && (!i || u->layer == SAMPLER))
-                    rc = check_reuse(k, u);
-        }
+/* As many tokens and layers as matter: a buffer is sent into again two layers, or one token, later
+   at most; and tags go on behind a token's last layer by the same number whatever L, and buffers
+   with them, when L stays odd or even.  All samplers have the same layers. */
+int gen_graph_check(const struct gen_plan *p, const struct gen_graph *graph, struct mk_err *err)
+{
+    const int L = p->model.L;
+    struct state s = {.p = p, .graph = graph, .err = err};
+    int rc;
+
+    choose_actors(&s);
+    rc = check_tokens(s, samplers[0], L < 3 ? 3 : 2, L < 5 ? L : 4 - L % 2);
+    for (size_t i = 1; i < sizeof samplers / sizeof *samplers && rc == 0; i++)
+        rc = check_tokens(s, samplers[i], 2, 2 - L % 2);
     return rc;
 }
 
-int gen_steps_check(const struct gen_plan *p, const struct gen_step *steps, int few, int many,
-                    struct mk_err *err)
-{
-    struct check k = {.p = p, .err = err, .wide = (p->ctas + 63) / 64, .splits = {few, many}};
-    const size_t size = lay_out(&k, NULL);
-    char *memory = calloc(size, 1);
-    int rc = 0;
+/* ---- Who has what -------------------------------------------------------------- */
 
-    if (!memory)
-        return gen_fail(err, MK_ENOMEM, "plan: no memory to check it");
-    lay_out(&k, memory);
-    for (int i = 0; i < GEN_HOPS && rc == 0; i++) {
-        rc = deal_hop(&k, i, 0);
-        if (i >= GEN_HOP_O) /* no matter of splits */
-            k.hop[1][i] = k.hop[0][i];
-        else if (rc == 0)
-            rc = deal_hop(&k, i, 1);
-    }
-    if (rc == 0)
-        rc = check_tokens(&k, steps);
-    free(memory);
-    return rc;
+#define NEED(ok, ...)                                                                              \
+    do {                                                                                           \
+        if (!(ok))                                                                                 \
+            return gen_fail(err, MK_EINVAL, "plan: " __VA_ARGS__);                                 \
+    } while (0)
+
+static int ceil_div(int64_t a, int64_t b)
+{
+    return (int) ((a + b - 1) / b);
 }
 
-/* ---- Sizes --------------------------------------------------------------------- */
+/* Query, key and value blocks that come with a KV head; and columns of O, in units. */
+static int head_blocks(const struct gen_model *m)
+{
+    return (m->H / m->K + 2) * m->E / 8;
+}
+
+static int head_units(const struct gen_model *m)
+{
+    return m->H / m->K * m->E / 32;
+}
+
+/* Class C follows GROUP groups, which have HEAD KV heads and UNIT units of the MLP. */
+static int check_class(const struct gen_plan *p, const struct gen_class *c, int group, int head,
+                       int unit, struct mk_err *err)
+{
+    const int few = p->model.K / p->groups, many = p->model.K % p->groups; /* group_of_head */
+    const int last = group + c->groups - 1;
+
+    NEED(c->first == group && c->groups > 0 && last < p->groups,
+         "groups %d..%d of %d follow group %d", c->first, last, p->groups, group - 1);
+    NEED(c->head0 >= head, "KV head %d belongs to group %d and to one before", c->head0, group);
+    NEED(c->head0 <= head, "KV head %d belongs to no group", head);
+    NEED(c->unit0 >= unit, "MLP unit %d belongs to group %d and to one before", c->unit0, group);
+    NEED(c->unit0 <= unit, "MLP unit %d belongs to no group", unit);
+    NEED(
+        c->heads > 0 || c->units > 0,
+        "group %d has neither a KV head nor an MLP unit: it would send nothing in hops O and DOWN, "
+        "and no other group would know what it has read",
+        group);
+    NEED(c->heads == few + (group < many) && (group < many) == (last < many),
+         "groups %d..%d have %d KV heads; the first %d of %d groups have %d, the others %d", group,
+         last, c->heads, many, p->groups, few + 1, few);
+    NEED(c->heads <= p->most_heads && c->units >= 0 && c->units <= p->most_units,
+         "group %d has %d KV heads and %d MLP units; there is room for %d and %d", group, c->heads,
+         c->units, p->most_heads, p->most_units);
+    return 0;
+}
+
+static int check_classes(const struct gen_plan *p, struct mk_err *err)
+{
+    const struct gen_class *c = p->cls;
+    const int units = ceil_div(p->model.F, 32);
+    int group = 0, head = 0, unit = 0;
+
+    NEED(p->group > 0 && p->groups > 0 && (int64_t) p->group * p->groups == p->ctas,
+         "%d groups of %d CTAs are not %d CTAs", p->groups, p->group, p->ctas);
+    for (; c < p->cls + p->n_classes; c++) {
+        if (check_class(p, c, group, head, unit, err))
+            return MK_EINVAL;
+        group += c->groups;
+        head += c->groups * c->heads;
+        unit += c->groups * c->units;
+    }
+    NEED(group == p->groups, "group %d is in no class", group);
+    NEED(unit == units, "%d MLP units belong to groups, and the model has %d", unit, units);
+    /* norm.cu.m4, await_sums: lanes without a group to wait for wait for the last one. */
+    NEED(c[-1].units > 0,
+         "hop DOWN: CTAs wait for group %d, which has no MLP unit and sends nothing: deadlock",
+         group - 1);
+    return 0;
+}
+
+/* Pairs of rows that the ranks of a group have, in sets of one for each warp. */
+static int check_pairs(const struct gen_plan *p, struct mk_err *err)
+{
+    NEED(p->pairs == ceil_div(p->model.D, 16), "%d pairs of blocks are not the model's %d rows",
+         p->pairs, p->model.D);
+    NEED(p->pairs >= p->group,
+         "rank %d of a group has none of the %d pairs of rows: it would send nothing in hops O and "
+         "DOWN, and no other group would know what it has read",
+         p->pairs, p->pairs);
+    NEED((int64_t) p->group * p->rank_pairs >= p->pairs && p->sets > 0 &&
+             p->sets <= p->pairs / p->group && (int64_t) p->sets * p->set_pairs >= p->rank_pairs &&
+             p->set_pairs <= p->warps,
+         "%d ranks of %d sets of %d pairs of rows, %d a rank, for %d warps, are not %d pairs",
+         p->group, p->sets, p->set_pairs, p->rank_pairs, p->warps, p->pairs);
+    return 0;
+}
+
+/* ---- Streams and ring ---------------------------------------------------------- */
 
 static const char *const phase_names[GEN_PHASES] = {"QKV", "O", "MLP", "DOWN", "HEAD"};
 
-/* What the arithmetic above divides by and stores. */
-static int check_numbers(const struct gen_plan *p, struct mk_err *err)
+/* Producer and consumers count the chunks of a phase alike.  Those of a block must be its units,
+   and fit into a stage. */
+static int check_phase(const struct gen_plan *p, int id, struct mk_err *err)
+{
+    const struct gen_phase *f = &p->phase[id];
+    const char *name = phase_names[id];
+    const int by_columns = id == GEN_O || id == GEN_DOWN, chunks = by_columns ? 1 : f->spans;
+    const int64_t bytes = (int64_t) f->span_units * (by_columns ? p->set_pairs * 1024 : 512);
+
+    NEED(f->step > 0 && f->blocks >= 0 && f->blocks % f->step == 0,
+         "phase %s: %d blocks cannot be dealt by %d", name, f->blocks, f->step);
+    NEED(f->span_units > 0 && chunks > 0 && (!by_columns || f->spans == 0) &&
+             (by_columns || chunks == ceil_div(f->units, f->span_units)),
+         "phase %s: %d chunks of %d units are not a block of %d units", name, f->spans,
+         f->span_units, f->units);
+    NEED(bytes <= p->stage_bytes, "phase %s: a chunk has %lld bytes and a stage of the ring %d",
+         name, (long long) bytes, p->stage_bytes);
+    return 0;
+}
+
+/* A class's phases lie one behind the other in the stream of its busiest rank, and all layers
+   behind the head. */
+static int check_stream(const struct gen_plan *p, const struct gen_class *c, struct mk_err *err)
 {
     const struct gen_model *m = &p->model;
-    const int ratio = m->H / m->K;
-    const int64_t tags = (int64_t) p->tokens_per_launch * MK_TOKEN_TAGS(m->L);
+    const int64_t block = (int64_t) p->phase[GEN_QKV].units * 512;
+    const int64_t unit = (int64_t) p->rank_pairs * 1024; /* of all its pairs */
+    const struct {
+        const char *phase;
+        int64_t bytes, from, to;
+    } parts[] = {
+        {"HEAD", ceil_div(p->phase[GEN_HEAD].blocks, p->ctas) * block, 0, p->layers_offset},
+        {"QKV", ceil_div(c->heads * head_blocks(m), p->group) * block, 0, c->o},
+        {"O", unit * c->heads * head_units(m), c->o, c->mlp},
+        {"MLP", ceil_div(4 * c->units, p->group) * 2 * block, c->mlp, c->down},
+        {"DOWN", unit * c->units, c->down, c->layer_bytes},
+        {"all layers", m->L * c->layer_bytes, p->layers_offset, p->cta_bytes},
+    };
 
-    if (p->ctas < 1 || p->ctas > MOST_CTAS)
-        return gen_fail(err, MK_EINVAL, "plan: %d CTAs; the check takes 1..%d", p->ctas, MOST_CTAS);
-    if (p->head_group < 1 || p->groups != (ratio + p->head_group - 1) / p->head_group)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: %d groups of %d query heads are not the %d of a KV head", p->groups,
-                        p->head_group, ratio);
-    /* engine.c starts over before 2^31; a cleared exchange has tag 0. */
-    if (p->epoch0 < 1 || p->epoch0 > INT_MAX || tags >= INT_MAX)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: epoch0 is %u and a launch takes %lld tags; tags must be 1..%d",
-                        p->epoch0, (long long) tags, INT_MAX);
-    /* A CTA that sends the parts of one task may not have read what it needs for another. */
-    if (p->max_splits < 1 || (p->max_splits > 1 && m->K * p->groups > p->ctas / p->max_splits))
-        return gen_fail(err, MK_EINVAL,
-                        "plan: hop PART: %d splits of %d tasks are more than one task for each of "
-                        "%d CTAs",
-                        p->max_splits, m->K * p->groups, p->ctas);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        NEED(parts[i].bytes <= parts[i].to - parts[i].from,
+             "%s of group %d: %lld bytes from %lld on, and what follows begins at %lld",
+             parts[i].phase, c->first, (long long) parts[i].bytes, (long long) parts[i].from,
+             (long long) parts[i].to);
     return 0;
+}
+
+/* Chunks of a token's weights that CTA has, the last one of class C: the fewest of the class. */
+static int64_t fewest_chunks(const struct gen_plan *p, const struct gen_class *c, int cta)
+{
+    const struct gen_model *m = &p->model;
+    const struct gen_phase *f = p->phase;
+    const int64_t rows = c->heads * head_blocks(m) / p->group * f[GEN_QKV].spans +
+                         4 * c->units / p->group * 2 * f[GEN_MLP].spans;
+    const int64_t columns = ceil_div(c->heads * head_units(m), f[GEN_O].span_units) +
+                            ceil_div(c->units, f[GEN_DOWN].span_units);
+
+    return m->L * (rows + p->sets * columns) +
+           (int64_t) ceil_div(f[GEN_HEAD].blocks - cta, p->ctas) * f[GEN_HEAD].spans;
+}
+
+/* A row of the KV cache is written before the CTA has used up the first chunk behind its tiles.
+   The next token's copy of the tile is a token's other chunks behind that one, at least, and waits
+   for the chunk that is STAGES before it. */
+static int check_cache(const struct gen_plan *p, struct mk_err *err)
+{
+    const struct gen_model *m = &p->model;
+    const int64_t head = (int64_t) ceil_div(p->context, p->kv_tile) * p->kv_tile * m->E * 2;
+
+    for (const struct gen_class *c = p->cls; c < p->cls + p->n_classes; c++) {
+        const int cta = (c->first + c->groups) * p->group - 1;
+        const int64_t chunks = fewest_chunks(p, c, cta);
+        NEED(!c->heads || p->stages <= chunks,
+             "the ring has %d stages, and CTA %d only %lld chunks of a token: a tile of the KV "
+             "cache could be copied before its last row is written",
+             p->stages, cta, (long long) chunks);
+    }
+    NEED(p->kv_head >= head,
+         "the KV cache has room for %lld bytes of a head, and its tiles have %lld",
+         (long long) p->kv_head * 2, (long long) head * 2);
+    return 0;
+}
+
+static int check_ring(const struct gen_plan *p, struct mk_err *err)
+{
+    const int tile = p->kv_tile * p->model.E * 4;
+
+    for (int i = 0; i < GEN_PHASES; i++)
+        if (check_phase(p, i, err))
+            return MK_EINVAL;
+    for (int i = 0; i < p->n_classes; i++)
+        if (check_stream(p, &p->cls[i], err))
+            return MK_EINVAL;
+    NEED(p->kv_tile > 0 && p->kv_tile % 16 == 0 && tile <= p->stage_bytes,
+         "a tile of the KV cache has %d positions, %d bytes, and a stage of the ring %d bytes",
+         p->kv_tile, tile, p->stage_bytes);
+    NEED(p->stages > 1, /* four at once, of 8 or more stages */
+         "consumers wait for 2 chunks at once; with stages %d that is a deadlock", p->stages);
+    NEED(p->inflight_hop > 0 && p->inflight >= p->inflight_hop,
+         "inflight is %d and inflight_hop %d; they must be 1 or more, and inflight the larger",
+         p->inflight, p->inflight_hop);
+    return check_cache(p, err);
+}
+
+/* ---- Exchange ------------------------------------------------------------------ */
+
+static const char *hop_name(int hop)
+{
+    return hop == GEN_HOP_X ? "X" : gen_graph.hops[hop].name;
+}
+
+/* Words of a buffer of hop HOP that are one group's or, of O and DOWN, a pair's of all groups. */
+static int hop_part(const struct gen_plan *p, int hop)
+{
+    const struct gen_model *m = &p->model;
+    const int words[GEN_HOPS] = {
+        [QKV] = p->most_heads * head_blocks(m) * 3,
+        /* of each rank; behind a query head its maximum and sum */
+        [PART] = p->group * p->most_heads * (m->H / m->K) * (m->E / 8 * 3 + 1),
+        [MLP] = p->most_units * 12,
+        /* behind the rows a sum of squares of each warp */
+        [GEN_HOP_X] = p->pairs * 6 + p->group * p->warps,
+        [O] = p->groups * 6,
+        [DOWN] = p->groups * 6,
+        [BEST] = p->group,
+        [COUNT] = p->group * 16,
+    };
+
+    return words[hop];
+}
+
+static int64_t hop_needs(const struct gen_plan *p, int hop)
+{
+    const int64_t parts = hop == O || hop == DOWN ? p->pairs : p->groups;
+
+    if (p->cluster && gen_graph.hops[hop].reach == GEN_TO_GROUP)
+        return 0; /* over shared memory */
+    return hop_part(p, hop) * parts * p->hop_buffers[hop] * (hop == GEN_HOP_X ? 2 : 1);
 }
 
 static int check_exchange(const struct gen_plan *p, struct mk_err *err)
 {
     for (int i = 0; i < GEN_HOPS; i++) {
-        struct shape s = hop_shape(p, i, p->max_splits), one = hop_shape(p, i, 1);
         const int from = p->hop_offset[i], words = p->hop_words[i];
-        int64_t need = (int64_t) s.units * s.unit_words;
-        if (p->hop_buffers[i] < 1)
-            return gen_fail(err, MK_EINVAL, "plan: hop %s has no buffer", s.name);
-        need = (need > one.units * one.unit_words ? need : one.units * one.unit_words) *
-               p->hop_buffers[i];
-        if (words < need)
-            return gen_fail(err, MK_EINVAL,
-                            "plan: hop %s: its %d CTAs send and await %lld words, and it has %d",
-                            s.name, p->ctas, (long long) need, words);
-        if (from < 0 || from > p->exchange_words - words)
-            return gen_fail(err, MK_EINVAL,
-                            "plan: hop %s: words %d..%d are not inside the exchange's %d", s.name,
-                            from, from + words - 1, p->exchange_words);
+        NEED(p->hop_buffers[i] == gen_graph.hops[i].buffers,
+             "hop %s has %d buffers, and the kernel uses %d", hop_name(i), p->hop_buffers[i],
+             gen_graph.hops[i].buffers);
+        NEED(words >= hop_needs(p, i),
+             "hop %s: its %d CTAs send and await %lld words, and it has %d", hop_name(i), p->ctas,
+             (long long) hop_needs(p, i), words);
+        NEED(from >= 0 && from <= p->exchange_words - words,
+             "hop %s: words %d..%d are not inside the exchange's %d", hop_name(i), from,
+             from + words - 1, p->exchange_words);
         for (int j = 0; j < i; j++)
-            if (from < p->hop_offset[j] + p->hop_words[j] && p->hop_offset[j] < from + words)
-                return gen_fail(err, MK_EINVAL, "plan: hops %s and %s overlap at word %d",
-                                hop_shape(p, j, 1).name, s.name,
-                                from > p->hop_offset[j] ? from : p->hop_offset[j]);
+            NEED(from >= p->hop_offset[j] + p->hop_words[j] || p->hop_offset[j] >= from + words,
+                 "hops %s and %s overlap at word %d", hop_name(j), hop_name(i),
+                 from > p->hop_offset[j] ? from : p->hop_offset[j]);
     }
-    return 0;
-}
-
-/* Producer and consumers count the chunks of a phase alike: blocks x spans.  Those must be the
-   block's units, fit into a stage, and lie in the CTA's stream before the next phase's. */
-static int check_phase(const struct gen_plan *p, int id, struct mk_err *err)
-{
-    const struct gen_phase *f = &p->phase[id];
-    const char *name = phase_names[id];
-    const int at_once = f->spans == 1 ? 2 : 1; /* gemv.cu.m4: multiply */
-    const int64_t end = id == GEN_HEAD       ? p->cta_bytes - p->head_offset
-                        : id + 1 == GEN_HEAD ? p->layer_bytes
-                                             : p->phase[id + 1].offset;
-
-    if (f->step < 1 || f->blocks < 0 || f->blocks % f->step)
-        return gen_fail(err, MK_EINVAL, "plan: phase %s: %d blocks cannot be dealt by %d", name,
-                        f->blocks, f->step);
-    if (f->spans < 1 || f->span_units < 1 || (int64_t) f->spans * f->span_units < f->units ||
-        (int64_t) (f->spans - 1) * f->span_units >= f->units)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: phase %s: %d chunks of %d units are not a block of %d units", name,
-                        f->spans, f->span_units, f->units);
-    if ((int64_t) f->span_units * 512 > p->stage_bytes)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: phase %s: a chunk has %d bytes and a stage of the ring %d", name,
-                        f->span_units * 512, p->stage_bytes);
-    if (p->stages < at_once)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: phase %s: consumers wait for %d chunks at once; with stages %d that "
-                        "is a deadlock",
-                        name, at_once, p->stages);
-    if (f->offset + (int64_t) my_blocks(p, f, 0) * f->units * 512 > end)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: phase %s: CTA 0's %d blocks do not end before the next phase begins",
-                        name, my_blocks(p, f, 0));
     return 0;
 }
 
 int gen_plan_check(const struct gen_plan *p, struct mk_err *err)
 {
-    int rc = check_numbers(p, err);
+    const int64_t tags = (int64_t) p->tokens_per_launch * MK_TOKEN_TAGS(p->model.L);
 
-    for (int i = 0; i < GEN_PHASES && rc == 0; i++)
-        rc = check_phase(p, i, err);
-    if (rc == 0 && (p->inflight_hop < 1 || p->inflight < p->inflight_hop))
-        rc = gen_fail(err, MK_EINVAL,
-                      "plan: inflight is %d and inflight_hop %d; they must be 1 or more, and "
-                      "inflight the larger",
-                      p->inflight, p->inflight_hop);
-    if (rc == 0)
-        rc = check_exchange(p, err);
-    return rc ? rc : gen_steps_check(p, gen_steps, 1, p->max_splits, err);
+    /* engine.c starts over before 2^31; a cleared exchange has tag 0. */
+    NEED(p->epoch0 > 0 && p->epoch0 <= INT_MAX && tags < INT_MAX,
+         "epoch0 is %u and a launch takes %lld tags; tags must be 1..%d", p->epoch0,
+         (long long) tags, INT_MAX);
+    if (check_classes(p, err) || check_pairs(p, err) || check_ring(p, err) ||
+        check_exchange(p, err))
+        return MK_EINVAL;
+    return gen_graph_check(p, &gen_graph, err);
 }
 
 /* ---- For reports --------------------------------------------------------------- */
 
-/* The CTA of the task that sends query head Q of SPLIT. */
-static int task_cta(const struct gen_plan *p, int split, int q)
+struct word {
+    int group, rank; /* of the CTA that sends it */
+    int value;       /* what word of a vector in blocks of 8 values, three words each; or -1 */
+    char what[48];
+};
+
+/* Word AT of PART of hop HOP; see hop_part. */
+static struct word find_word(const struct gen_plan *p, int hop, int part, int at)
 {
-    const int ratio = p->model.H / p->model.K;
-    const int group = q % ratio / p->head_group;
+    const struct gen_class *c = gen_plan_class(p, part % p->groups);
+    const int nth = part % p->groups - c->first, head = c->head0 + nth * c->heads;
+    const int ratio = p->model.H / p->model.K, words = p->model.E / 8 * 3 + (hop == PART);
+    const int line = at / words, j = line % (ratio + 2), squares = at - p->pairs * 6;
+    struct word w = {part % p->groups, at / 3 % p->group, -1, "a candidate"};
 
-    return ((split * p->groups + group) * p->model.K + q / ratio) % p->ctas;
-}
-
-/* Word WORD of hop HOP; ROW .. LAST are what a block's word has. */
-static void describe(const struct gen_plan *p, int hop, int word, char *out, size_t size)
-{
-    const struct gen_model *m = &p->model;
-    const int row = word / 3 * 8 + word % 3 * 3, last = row + (word % 3 < 2 ? 2 : 1);
-    const int head = row / m->E, split = head / m->H, q = head % m->H;
-    const struct shape s = hop_shape(p, hop, 1);
-    char text[48];
-
-    if (hop == GEN_HOP_QKV)
-        snprintf(text, sizeof text, ", %s head %d",
-                 head < m->H          ? "q"
-                 : head < m->H + m->K ? "k"
-                                      : "v",
-                 head < m->H ? head : (head - m->H) % m->K);
-    switch (hop) {
-    case GEN_HOP_PART:
-        snprintf(out, size, "(split %d, head %d, values %d..%d), sent by CTA %d", split, q,
-                 row % m->E, last % m->E, task_cta(p, split, q));
-        break;
-    case GEN_HOP_SCALE:
-        snprintf(out, size, "(split %d, head %d, maximum and sum), sent by CTA %d", word / m->H,
-                 word % m->H, task_cta(p, word / m->H, word % m->H));
-        break;
-    case GEN_HOP_ATTN:
-        snprintf(out, size,
-                 "(head %d, values %d..%d), sent by CTA %d, or CTA %d when attention is split", q,
-                 row % m->E, last % m->E, task_cta(p, 0, q), word % p->ctas);
-        break;
-    case GEN_HOP_BEST:
-        snprintf(out, size, "(a candidate), sent by CTA %d", word);
-        break;
-    case GEN_HOP_COUNT:
-        snprintf(out, size, "(buffer %d, digit %d), sent by CTA %d", word / 16 / p->ctas, word % 16,
-                 word / 16 % p->ctas);
-        break;
-    default:
-        snprintf(out, size, "(rows %d..%d%s), sent by CTA %d", row, last,
-                 hop == GEN_HOP_QKV ? text : "", word / s.unit_words % p->ctas);
+#define WHAT(...) snprintf(w.what, sizeof w.what, __VA_ARGS__)
+    if (hop == QKV) {
+        w.value = at % words;
+        WHAT("%c head %d, ", "qkv"[j < ratio ? 0 : j - ratio + 1],
+             (head + line / (ratio + 2)) * (j < ratio ? ratio : 1) + (j < ratio ? j : 0));
+    } else if (hop == PART) {
+        w.rank = line / (p->most_heads * ratio);
+        w.value = at % words < words - 1 ? at % words : -1;
+        WHAT("head %d, %s", head * ratio + line % (p->most_heads * ratio),
+             w.value < 0 ? "maximum and sum" : "");
+    } else if (hop == MLP) {
+        w.value = (c->unit0 + nth * c->units) * 12 + at;
+        WHAT("%s", "");
+    } else if (hop == GEN_HOP_X) {
+        w.rank = squares < 0 ? at / 6 % p->group : squares / p->warps;
+        w.value = squares < 0 ? at : -1;
+        if (squares < 0)
+            WHAT("x[%d], ", part / p->groups);
+        else
+            WHAT("x[%d], squares of warp %d", part / p->groups, squares % p->warps);
+    } else if (hop == O || hop == DOWN) {
+        w.group = at / 6;
+        w.rank = part % p->pairs % p->group;
+        w.value = part % p->pairs * 6 + at % 6;
+        WHAT("buffer %d, ", part / p->pairs);
+    } else if (hop == COUNT) {
+        w.rank = at / 16;
+        WHAT("buffer %d, digit %d", part / p->groups, at % 16);
+    } else {
+        w.rank = at;
     }
+#undef WHAT
+    return w;
 }
 
 void gen_hop_describe(const struct gen_plan *p, int word, char *out, size_t size)
 {
-    for (int i = 0; i < GEN_HOPS; i++) {
-        const int at = word - p->hop_offset[i];
-        if (at >= 0 && at < p->hop_words[i]) {
-            int n = snprintf(out, size, "hop %s word %d ", hop_shape(p, i, 1).name, at);
-            if (n >= 0 && (size_t) n < size)
-                describe(p, i, at, out + n, size - (size_t) n);
-            return;
-        }
+    char values[40] = "";
+    int hop = 0;
+
+    while (hop < GEN_HOPS &&
+           (word < p->hop_offset[hop] || word >= p->hop_offset[hop] + p->hop_words[hop]))
+        hop++;
+    if (hop == GEN_HOPS) {
+        const int outside = word < 0 || word >= p->exchange_words;
+        snprintf(out, size, "word %d, %s", word,
+                 outside ? "outside the exchange" : "between two hops");
+        return;
     }
-    snprintf(out, size, "word %d, %s", word,
-             word < 0 || word >= p->exchange_words ? "outside the exchange" : "between two hops");
+    const int at = word - p->hop_offset[hop], n = hop_part(p, hop);
+    const struct word w = find_word(p, hop, at / n, at % n);
+    const int in = w.value % 3, first = w.value / 3 * 8 + in * 3;
+    if (w.value >= 0)
+        snprintf(values, sizeof values, "values %d..%d", first, first + (in < 2 ? 2 : 1));
+    snprintf(out, size, "hop %s word %d (%s%s), sent by CTA %d (rank %d of group %d)",
+             hop_name(hop), at, w.what, values, w.group * p->group + w.rank, w.rank, w.group);
 }

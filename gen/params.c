@@ -9,15 +9,12 @@
 #include "gen/gen.h"
 #include "runtime/abi.h"
 
-/* The merge of a split attention is a hop of its own. */
-static int layer_hops(const struct gen_plan *p)
-{
-    return p->max_splits > 1 ? 6 : 5;
-}
+/* QKV, PART, X, MLP, X inside a group; O and DOWN between groups. */
+enum { LAYER_HOPS = 7 };
 
 static const char *const phase_names[GEN_PHASES] = {"QKV", "O", "MLP", "DOWN", "HEAD"};
-static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "SCALE", "ATTN", "O",
-                                                "MLP", "DOWN", "BEST",  "COUNT"};
+static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "MLP",  "X",
+                                                "O",   "DOWN", "BEST", "COUNT"};
 
 static void put_int(FILE *f, const char *name, long long value)
 {
@@ -67,7 +64,8 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_FP16", p->dtype == GEN_FP16);
     put_int(f, "PLAN_CONTEXT", p->context);
     put_int(f, "PLAN_CTAS", p->ctas);
-    put_int(f, "PLAN_CLUSTER", 1); /* CTAs that reach each other's shared memory */
+    put_int(f, "PLAN_GROUP", p->group);
+    put_int(f, "PLAN_CLUSTER", p->cluster ? p->group : 1); /* CTAs that share their memory */
     put_int(f, "PLAN_WARPS", p->warps);
     put_int(f, "PLAN_THREADS", p->warps * 32);
     put_int(f, "PLAN_STAGES", p->stages);
@@ -75,20 +73,16 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_INFLIGHT", p->inflight);
     put_int(f, "PLAN_INFLIGHT_HOP", p->inflight_hop);
     put_int(f, "PLAN_ROUND_BLOCKS", p->round_blocks);
-    put_int(f, "PLAN_HEAD_GROUP", p->head_group);
-    put_int(f, "PLAN_GROUPS", p->groups);
-    put_int(f, "PLAN_KV_AHEAD", p->kv_ahead);
-    put_int(f, "PLAN_SPLIT_MIN", p->split_min);
-    put_int(f, "PLAN_MAX_SPLITS", p->max_splits);
+    put_int(f, "PLAN_KV_TILE", p->kv_tile);
     put_int(f, "PLAN_UNROLL", p->unroll_layers);
     put_int(f, "PLAN_FAULT", p->fault);
+    put_int(f, "PLAN_TIMING", p->timing);
     put_float(f, "PLAN_SOFTMAX_SCALE", M_LOG2E / sqrt(p->model.E));
     put_float(f, "PLAN_MLP_SCALE", p->dtype == GEN_FP16 ? 0.0625 : 1.0);
     put_int(f, "PLAN_TOKEN_BYTES", p->token_bytes);
-    put_int(f, "PLAN_HOPS", layer_hops(p) * p->model.L + 1);
+    put_int(f, "PLAN_HOPS", LAYER_HOPS * p->model.L + 1);
     put_int(f, "PLAN_TOKEN_TAGS", MK_TOKEN_TAGS(p->model.L));
     put_int(f, "PLAN_SMEM_BYTES", p->smem_bytes);
-    put_int(f, "PLAN_SCRATCH_BYTES", p->scratch_bytes);
     put_int(f, "PLAN_PREFILL_TOKENS", p->prefill_tokens);
     put_int(f, "PLAN_PREFILL_SMEM_BYTES", p->prefill_smem_bytes);
     put_int(f, "PLAN_MOST_STAGES", p->most_stages);
@@ -104,6 +98,32 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_PF_X_COLS", p->pf_x_cols);
 }
 
+static void put_groups(FILE *f, const struct gen_plan *p)
+{
+    char name[64];
+
+    put_int(f, "PLAN_PAIRS", p->pairs);
+    put_int(f, "PLAN_RANK_PAIRS", p->rank_pairs);
+    put_int(f, "PLAN_SETS", p->sets);
+    put_int(f, "PLAN_SET_PAIRS", p->set_pairs);
+    put_int(f, "PLAN_MOST_HEADS", p->most_heads);
+    put_int(f, "PLAN_MOST_UNITS", p->most_units);
+    put_int(f, "PLAN_CLASSES", p->n_classes);
+    for (int i = 0; i < p->n_classes; i++) {
+        const struct gen_class *c = &p->cls[i];
+        snprintf(name, sizeof name, "PLAN_CLASS_FIRST_%d", i);
+        put_int(f, name, c->first);
+        snprintf(name, sizeof name, "PLAN_CLASS_UNIT_%d", i);
+        put_int(f, name, c->unit0);
+        snprintf(name, sizeof name, "PLAN_CLASS_UNITS_%d", i);
+        put_int(f, name, c->units ? c->units : 1); /* a divisor */
+        fprintf(f, "m4_define({|PLAN_CLASS_SHARE_%d|}, {|%d, %d, %d, %d, ", i, c->head0, c->heads,
+                c->unit0, c->units);
+        fprintf(f, "%lld, %lld, %lld, %lld|})m4_dnl\n", (long long) c->o, (long long) c->mlp,
+                (long long) c->down, (long long) c->layer_bytes);
+    }
+}
+
 static void put_layout(FILE *f, const struct gen_plan *p)
 {
     char name[64];
@@ -112,10 +132,8 @@ static void put_layout(FILE *f, const struct gen_plan *p)
         const struct gen_phase *ph = &p->phase[i];
         fprintf(f, "m4_define({|PLAN_%s|}, {|%d, %d, %d, %d, %d, %d|})m4_dnl\n", phase_names[i],
                 ph->rows, ph->units, ph->blocks, ph->step, ph->spans, ph->span_units);
-        snprintf(name, sizeof name, "PLAN_%s_OFFSET", phase_names[i]);
-        put_int(f, name, i == GEN_HEAD ? p->head_offset : ph->offset);
     }
-    put_int(f, "PLAN_LAYER_BYTES", p->layer_bytes);
+    put_int(f, "PLAN_LAYERS_OFFSET", p->layers_offset);
     put_int(f, "PLAN_CTA_BYTES", p->cta_bytes);
     put_int(f, "PLAN_VEC_ATTN_NORM", p->vec_attn_norm);
     put_int(f, "PLAN_VEC_MLP_NORM", p->vec_mlp_norm);
@@ -126,7 +144,6 @@ static void put_layout(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_VEC_NORM", p->vec_norm);
     put_int(f, "PLAN_KV_LAYER", p->kv_layer);
     put_int(f, "PLAN_KV_HEAD", p->kv_head);
-    put_int(f, "PLAN_KV_VALUE", p->kv_head / 2);
     for (int i = 0; i < GEN_HOPS; i++) {
         snprintf(name, sizeof name, "PLAN_HOP_%s", hop_names[i]);
         put_int(f, name, p->hop_offset[i]);
@@ -141,10 +158,6 @@ static void put_layer(FILE *f, const struct gen_plan *p, int layer)
         layer + 1 < p->model.L ? vec + p->vec_layer + p->vec_attn_norm : p->vec_norm;
     char name[64];
 
-    for (int i = 0; i < GEN_HEAD; i++) {
-        snprintf(name, sizeof name, "PLAN_AT_%s_%d", phase_names[i], layer);
-        put_int(f, name, layer * p->layer_bytes + p->phase[i].offset);
-    }
     const struct {
         const char *name;
         int64_t at;
@@ -183,6 +196,10 @@ static void put_abi(FILE *f)
 #undef CHECKED
     fprintf(f, "static_assert(sizeof(mk_args) == %zu, \"layout\");\nm4_dnl\n|})m4_dnl\n",
             sizeof(struct mk_args));
+#define PRINT_LAP(name) fprintf(f, "LAP_" #name ", ");
+    fprintf(f, "m4_define({|ABI_LAPS|}, {|");
+    MK_LAPS(PRINT_LAP)
+    fprintf(f, "|})m4_dnl\n");
     fprintf(f, "m4_define({|ABI_PACK_ARGS|}, {|m4_dnl\n");
     MK_PACK_ARGS(PRINT_FIELD)
     fprintf(f, "m4_dnl\n|})m4_dnl\nm4_define({|ABI_PACK_ARGS_CHECKS|}, {|m4_dnl\n");
@@ -204,6 +221,7 @@ char *gen_plan_params(const struct gen_plan *p)
         return NULL;
     put_model(f, p);
     put_choices(f, p);
+    put_groups(f, p);
     put_layout(f, p);
     put_abi(f);
     for (int i = 0; i < p->model.L; i++)
@@ -227,11 +245,14 @@ char *gen_plan_summary(const struct gen_plan *p)
     fprintf(f, "%s: %d layers, hidden %d, %d heads over %d KV heads of %d, FFN %d, vocabulary %d\n",
             m->name, m->L, m->D, m->H, m->K, m->E, m->F, m->V);
     fprintf(f,
-            "%s (sm_%d): %d CTAs of %d warps, ring of %d x %d bytes, %d bytes of shared memory\n",
-            p->gpu.name, p->gpu.arch, p->ctas, p->warps, p->stages, p->stage_bytes, p->smem_bytes);
+            "%s (sm_%d): %d CTAs in %d groups of %d (%s)\n"
+            "a CTA: %d warps, ring of %d x %d bytes, %d bytes of shared memory\n",
+            p->gpu.name, p->gpu.arch, p->ctas, p->groups, p->group,
+            p->cluster ? "clusters" : "through L2", p->warps, p->stages, p->stage_bytes,
+            p->smem_bytes);
     fprintf(f,
             "a token: %.3f GB of weights, %d hops a layer, floor %.0f us = %.0f tok/s at %d GB/s\n",
-            p->token_bytes / 1e9, layer_hops(p), p->floor_us,
+            p->token_bytes / 1e9, LAYER_HOPS, p->floor_us,
             p->floor_us > 0 ? 1e6 / p->floor_us : 0.0, p->gpu.mem_gbps);
     fprintf(f, "context %d: %.3f GB of KV cache\n", p->context, p->kv_bytes / 1e9);
     if (fclose(f)) {
@@ -244,41 +265,55 @@ char *gen_plan_summary(const struct gen_plan *p)
 static void dump_choices(FILE *f, const struct gen_plan *p)
 {
     fprintf(f, "[choices]\n");
-    fprintf(
-        f,
-        "ctas = %d\nwarps = %d\nchunk_bytes = %d\nstages = %d\ninflight = %d\ninflight_hop = %d\n",
-        p->ctas, p->warps, p->chunk_bytes, p->stages, p->inflight, p->inflight_hop);
-    fprintf(f, "round_blocks = %d\nsplit_min = %d\nhead_group = %d\ntokens_per_launch = %d\n",
-            p->round_blocks, p->split_min, p->head_group, p->tokens_per_launch);
+    fprintf(f, "ctas = %d\ngroup = %d\ncluster = %s\nbalance = %d\nwarps = %d\n", p->ctas, p->group,
+            p->cluster ? "cluster" : "l2", p->balance, p->warps);
+    fprintf(f, "chunk_bytes = %d\nstages = %d\n", p->chunk_bytes, p->stages);
+    fprintf(f, "inflight = %d\ninflight_hop = %d\nround_blocks = %d\ntokens_per_launch = %d\n",
+            p->inflight, p->inflight_hop, p->round_blocks, p->tokens_per_launch);
     fprintf(f, "prefill_tokens = %d\ngemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n",
             p->prefill_tokens, p->gemm_m, p->gemm_n, p->gemm_k, p->gemm_stages);
     fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\nfault = %s\n",
             p->flash_m, p->flash_n, p->unroll_layers ? "loop" : "list",
             p->dtype == GEN_FP16 ? "fp16" : "bf16", p->fault ? "hang" : "none");
-    fprintf(f, "epoch0 = %u\n", p->epoch0);
+    fprintf(f, "epoch0 = %u\ntiming = %s\n", p->epoch0, p->timing ? "on" : "off");
+}
+
+/* What the groups have, and bytes of a layer in the stream of the busiest rank. */
+static void dump_groups(FILE *f, const struct gen_plan *p)
+{
+    fprintf(f, "\n[groups]\n%6s %6s %6s %6s %6s %6s %10s %10s %10s %10s %10s\n", "first", "groups",
+            "head", "heads", "unit", "units", "QKV", "O", "MLP", "DOWN", "layer");
+    for (int i = 0; i < p->n_classes; i++) {
+        const struct gen_class *c = &p->cls[i];
+        fprintf(f, "%6d %6d %6d %6d %6d %6d %10lld %10lld %10lld %10lld %10lld\n", c->first,
+                c->groups, c->head0, c->heads, c->unit0, c->units, (long long) c->o,
+                (long long) (c->mlp - c->o), (long long) (c->down - c->mlp),
+                (long long) (c->layer_bytes - c->down), (long long) c->layer_bytes);
+    }
+    fprintf(f, "pairs = %d (%d of a rank, %d sets of %d)\nKV tile = %d\n", p->pairs, p->rank_pairs,
+            p->sets, p->set_pairs, p->kv_tile);
 }
 
 static void dump_tables(FILE *f, const struct gen_plan *p)
 {
-    fprintf(f, "\n[phases]\n%-6s %8s %8s %6s %7s %5s %6s %11s %11s\n", "", "rows", "columns",
-            "units", "blocks", "spans", "chunk", "blocks/CTA", "offset");
+    fprintf(f, "\n[phases]\n%-6s %8s %8s %6s %7s %5s %6s %11s\n", "", "rows", "columns", "units",
+            "blocks", "spans", "units", "blocks/CTA");
     for (int i = 0; i < GEN_PHASES; i++) {
         const struct gen_phase *ph = &p->phase[i];
-        fprintf(f, "%-6s %8d %8d %6d %7d %5d %6d %11d %11lld\n", phase_names[i], ph->rows, ph->cols,
-                ph->units, ph->blocks, ph->spans, ph->span_units * 512, ph->cta_blocks,
-                (long long) (i == GEN_HEAD ? p->head_offset : ph->offset));
+        fprintf(f, "%-6s %8d %8d %6d %7d %5d %6d %11d\n", phase_names[i], ph->rows, ph->cols,
+                ph->units, ph->blocks, ph->spans, ph->span_units, ph->cta_blocks);
     }
     fprintf(f, "\n[hops]\n%-6s %8s %8s\n", "", "word", "words");
     for (int i = 0; i < GEN_HOPS; i++)
         fprintf(f, "%-6s %8d %8d\n", hop_names[i], p->hop_offset[i], p->hop_words[i]);
-    fprintf(f, "\n[memory]\nstreams = %lld (%d x %lld)\nembedding = %lld\nKV cache = %lld\n",
+    fprintf(f, "\n[memory]\nstreams = %lld (%d x %lld, layers at %lld)\n",
             (long long) p->stream_bytes, p->ctas, (long long) p->cta_bytes,
-            (long long) p->embed_bytes, (long long) p->kv_bytes);
-    fprintf(
-        f,
-        "prefill scratch = %lld\nshared, decode = %d (ring %d x %d, scratch %d)\nshared, prefill = %d\n",
-        (long long) p->pf_bytes, p->smem_bytes, p->stages, p->stage_bytes, p->scratch_bytes,
-        p->prefill_smem_bytes);
+            (long long) p->layers_offset);
+    fprintf(f, "embedding = %lld\nKV cache = %lld\n", (long long) p->embed_bytes,
+            (long long) p->kv_bytes);
+    fprintf(f, "prefill scratch = %lld\nshared, decode = %d (ring %d x %d)\nshared, prefill = %d\n",
+            (long long) p->pf_bytes, p->smem_bytes, p->stages, p->stage_bytes,
+            p->prefill_smem_bytes);
 }
 
 char *gen_plan_dump(const struct gen_plan *p)
@@ -299,6 +334,7 @@ char *gen_plan_dump(const struct gen_plan *p)
     free(summary);
     fputc('\n', f);
     dump_choices(f, p);
+    dump_groups(f, p);
     dump_tables(f, p);
     if (fclose(f)) {
         free(text);

@@ -20,15 +20,20 @@
 enum { INFLIGHT_BYTES = 49152, INFLIGHT_HOP_BYTES = 16384 };
 /* A launch must not hold the GPU longer than this. */
 enum { LAUNCH_US = 100000 };
-/* The templates count bytes of a layer and of prefill's activations, elements of a head's keys,
-   and the chunks of a launch in int; loops step a little past the end.  The sampler adds up
-   11-bit limbs of a CTA's logits in 32 bits. */
+/* The templates count bytes of a layer and of prefill's activations, elements of a head's keys, the
+   exchange's words and the chunks of a launch in int; loops step a little past the end.  The
+   sampler adds up 11-bit limbs of a CTA's logits in 32 bits. */
 enum {
     MOST_BYTES = 1 << 30,
     MOST_HEAD_ELEMS = 1 << 30,
     MOST_CHUNKS = 1 << 30,
+    MOST_WORDS = 1 << 27,
     MOST_LOGITS = 1 << 21
 };
+/* CTAs of a group by default: 8 is the largest cluster that every GPU with clusters takes. */
+enum { GROUP = 8, MOST_CTAS = 1024, MOST_GROUP = 16 };
+/* Fewer ring stages than this, and smaller chunks or fewer warps are better. */
+enum { FEW_STAGES = 3 };
 
 struct key {
     const char *name;
@@ -40,17 +45,20 @@ struct key {
 
 #define AT(field) offsetof(struct gen_plan, field)
 static const struct key keys[] = {
-    {"ctas", AT(ctas), 1, 1024, NULL,
-     "CTAs of decode and prefill; at most the SMs, and hidden_size / 8"},
-    {"warps", AT(warps), 4, 7, NULL, "consumer warps of a decode CTA; one more is the producer"},
+    {"ctas", AT(ctas), 1, MOST_CTAS, NULL,
+     "CTAs of decode and prefill; at most the SMs, a multiple of group"},
+    {"group", AT(group), 1, MOST_GROUP, NULL,
+     "CTAs that share KV heads and a slice of the MLP; at most hidden_size / 16"},
+    {"cluster", AT(cluster), 0, 1, "l2|cluster",
+     "hops inside a group: through L2, or over distributed shared memory"},
+    {"balance", AT(balance), 0, 1000, NULL,
+     "percent of attention's bytes that count when the MLP is shared out"},
+    {"warps", AT(warps), 4, 8, NULL, "consumer warps of a decode CTA; one more is the producer"},
     {"chunk_bytes", AT(chunk_bytes), 512, 65536, NULL, "longest chunk of the weight ring"},
     {"stages", AT(stages), 2, 64, NULL, "stages of the weight ring"},
     {"inflight", AT(inflight), 1, 64, NULL, "chunks in flight at most"},
     {"inflight_hop", AT(inflight_hop), 1, 64, NULL, "chunks in flight while a hop is awaited"},
-    {"round_blocks", AT(round_blocks), 2, 8, NULL, "blocks of 8 rows between two barriers; even"},
-    {"split_min", AT(split_min), 1, 65536, NULL,
-     "positions that are worth one more attention split"},
-    {"head_group", AT(head_group), 1, 4, NULL, "query heads of one attention task"},
+    {"round_blocks", AT(round_blocks), 2, 16, NULL, "blocks of 8 rows between two barriers; even"},
     {"tokens_per_launch", AT(tokens_per_launch), 1, 1024, NULL,
      "tokens of one decode launch at most"},
     {"prefill_tokens", AT(prefill_tokens), 16, 8192, NULL,
@@ -66,6 +74,8 @@ static const struct key keys[] = {
     {"dtype", AT(dtype), 0, 1, "bf16|fp16", "resident type of weights and KV cache"},
     {"fault", AT(fault), 0, 1, "none|hang", "for tests: a CTA that never answers"},
     {"epoch0", AT(epoch0), 1, INT_MAX, NULL, "for tests: first tag of the exchange"},
+    {"timing", AT(timing), 0, 1, "off|on",
+     "count the cycles of decode's stages (mkbench --stages)"},
     {NULL, 0, 0, 0, NULL, NULL}};
 
 const char *gen_plan_key(int i)
@@ -229,7 +239,7 @@ static int read_settings(struct gen_plan *p, const char *plan_file, const char *
     return rc;
 }
 
-/* ---- Phases and the stream ---------------------------------------------- */
+/* ---- Groups and their shares ---------------------------------------------- */
 
 static int ceil_div(int a, int b)
 {
@@ -246,49 +256,188 @@ static int min_int(int a, int b)
     return a < b ? a : b;
 }
 
+static int64_t min_int64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 static int max_int(int a, int b)
 {
     return a > b ? a : b;
 }
 
-static void plan_phase(struct gen_plan *p, int id, int rows, int cols, int step)
+const struct gen_class *gen_plan_class(const struct gen_plan *p, int group)
+{
+    const struct gen_class *c = p->cls;
+
+    while (group >= c->first + c->groups)
+        c++;
+    return c;
+}
+
+/* Pairs of blocks of D rows. */
+static int model_pairs(const struct gen_model *m)
+{
+    return ceil_div(m->D, 16);
+}
+
+static int model_units(const struct gen_model *m)
+{
+    return ceil_div(m->F, 32);
+}
+
+/* Query, key and value blocks that come with a KV head. */
+static int head_blocks(const struct gen_model *m)
+{
+    return (m->H / m->K + 2) * m->E / 8;
+}
+
+/* Columns of O, in units, that come with a KV head. */
+static int head_units(const struct gen_model *m)
+{
+    return m->H / m->K * m->E / 32;
+}
+
+/* Where the phases of a layer are in the stream of a group's busiest rank. */
+static void place_phases(const struct gen_plan *p, struct gen_class *c)
+{
+    const struct gen_model *m = &p->model;
+    const int64_t block = ceil_div(m->D, 32) * 512, pairs = (int64_t) p->rank_pairs * 1024;
+
+    c->o = ceil_div(c->heads * head_blocks(m), p->group) * block;
+    c->mlp = c->o + pairs * c->heads * head_units(m);
+    c->down = c->mlp + ceil_div(4 * c->units, p->group) * 2 * block;
+    c->layer_bytes = c->down + pairs * c->units;
+}
+
+/* What a group's busiest rank reads of a layer, with UNITS units; of attention's weights, whose
+   time is not the MLP's, a share. */
+static int64_t group_cost(const struct gen_plan *p, int heads, int units)
+{
+    struct gen_class c = {.heads = heads, .units = units};
+
+    place_phases(p, &c);
+    return c.layer_bytes - c.mlp + c.mlp * p->balance / 100;
+}
+
+static int group_heads(const struct gen_plan *p, int group)
+{
+    return p->model.K / p->groups + (group < p->model.K % p->groups);
+}
+
+/* Give the units of the MLP one by one to the group that is then the least busy, the last one of
+   several: the last group, which has no more heads than any other, so has some. */
+static void share_units(const struct gen_plan *p, int units[MOST_CTAS])
+{
+    int64_t next[MOST_CTAS]; /* cost with one unit more */
+
+    for (int g = 0; g < p->groups; g++) {
+        units[g] = 0;
+        next[g] = group_cost(p, group_heads(p, g), 1);
+    }
+    for (int n = model_units(&p->model); n > 0; n--) {
+        int least = 0;
+        for (int g = 1; g < p->groups; g++)
+            if (next[g] <= next[least])
+                least = g;
+        units[least]++;
+        next[least] = group_cost(p, group_heads(p, least), units[least] + 1);
+    }
+}
+
+static void plan_groups(struct gen_plan *p)
+{
+    int units[MOST_CTAS], head = 0, unit = 0;
+    struct gen_class *c = NULL;
+
+    p->groups = p->ctas / p->group;
+    p->pairs = model_pairs(&p->model);
+    p->rank_pairs = ceil_div(p->pairs, p->group);
+    p->n_classes = p->most_heads = p->most_units = 0;
+    share_units(p, units);
+    for (int g = 0; g < p->groups; g++) {
+        const int heads = group_heads(p, g);
+        if (!c || c->heads != heads || c->units != units[g]) {
+            c = &p->cls[p->n_classes++];
+            *c = (struct gen_class){g, 0, head, heads, unit, units[g], 0, 0, 0, 0};
+            place_phases(p, c);
+            p->most_heads = max_int(p->most_heads, heads);
+            p->most_units = max_int(p->most_units, units[g]);
+        }
+        c->groups++;
+        head += heads;
+        unit += units[g];
+    }
+}
+
+/* ---- Phases and the stream ---------------------------------------------- */
+
+/* A matrix of D columns whose rows are dealt over CTAs, those of the head over all of them. */
+static void plan_rows(struct gen_plan *p, int id, int rows, int step, int cta_blocks)
 {
     struct gen_phase *f = &p->phase[id];
 
     f->rows = rows;
-    f->cols = cols;
-    f->units = ceil_div(cols, 32);
+    f->cols = p->model.D;
+    f->units = ceil_div(f->cols, 32);
     f->blocks = ceil_div(rows, 8);
     f->step = step;
     f->spans = ceil_div(f->units, p->chunk_bytes / 512);
     f->span_units = ceil_div(f->units, f->spans);
     f->spans = ceil_div(f->units, f->span_units);
-    f->cta_blocks = ceil_div(f->blocks / step, p->ctas) * step;
+    f->cta_blocks = cta_blocks;
     p->stage_bytes = max_int(p->stage_bytes, f->span_units * 512);
-    p->x_elems = max_int(p->x_elems, f->units * 32);
+}
+
+/* A matrix of D rows; a group has up to MOST of its columns, in units. */
+static void plan_columns(struct gen_plan *p, int id, int cols, int most)
+{
+    struct gen_phase *f = &p->phase[id];
+
+    f->rows = p->model.D;
+    f->cols = cols;
+    f->units = ceil_div(cols, 32);
+    f->blocks = ceil_div(f->rows, 8);
+    f->step = 1;
+    f->spans = 0;
+    f->span_units = max_int(1, min_int(most, p->chunk_bytes / (p->set_pairs * 1024)));
+    f->cta_blocks = p->rank_pairs * 2;
+    p->stage_bytes = max_int(p->stage_bytes, p->set_pairs * 1024 * f->span_units);
+}
+
+static void plan_phases(struct gen_plan *p)
+{
+    const struct gen_model *m = &p->model;
+
+    p->sets = ceil_div(p->rank_pairs, p->warps);
+    p->set_pairs = ceil_div(p->rank_pairs, p->sets);
+    p->kv_tile = max_int(16, min_int(64, p->chunk_bytes / (4 * m->E) / 16 * 16));
+    p->stage_bytes = p->kv_tile * m->E * 4;
+    plan_rows(p, GEN_QKV, (m->H + 2 * m->K) * m->E, 1,
+              ceil_div(p->most_heads * head_blocks(m), p->group));
+    plan_columns(p, GEN_O, m->H * m->E, p->most_heads * head_units(m));
+    plan_rows(p, GEN_MLP, 2 * m->F, 2, ceil_div(p->most_units * 4, p->group) * 2);
+    plan_columns(p, GEN_DOWN, m->F, p->most_units);
+    plan_rows(p, GEN_HEAD, m->V, 1, ceil_div(ceil_div(m->V, 8), p->ctas));
+}
+
+static int64_t most_layer_bytes(const struct gen_plan *p)
+{
+    int64_t most = 0;
+
+    for (int i = 0; i < p->n_classes; i++)
+        if (p->cls[i].layer_bytes > most)
+            most = p->cls[i].layer_bytes;
+    return most;
 }
 
 static void plan_streams(struct gen_plan *p)
 {
     const struct gen_model *m = &p->model;
-    int64_t at = 0;
+    const struct gen_phase *head = &p->phase[GEN_HEAD];
 
-    p->stage_bytes = p->x_elems = 0;
-    plan_phase(p, GEN_QKV, (m->H + 2 * m->K) * m->E, m->D, 1);
-    plan_phase(p, GEN_O, m->D, m->H * m->E, 1);
-    plan_phase(p, GEN_MLP, 2 * m->F, m->D, 2);
-    plan_phase(p, GEN_DOWN, m->D, m->F, 1);
-    plan_phase(p, GEN_HEAD, m->V, m->D, 1);
-    for (int i = 0; i < GEN_PHASES; i++) {
-        struct gen_phase *f = &p->phase[i];
-        if (i == GEN_HEAD) {
-            p->layer_bytes = at;
-            at = p->head_offset = p->layer_bytes * m->L;
-        }
-        f->offset = i == GEN_HEAD ? 0 : at;
-        at += (int64_t) f->cta_blocks * f->units * 512;
-    }
-    p->cta_bytes = at;
+    p->layers_offset = (int64_t) head->cta_blocks * head->units * 512;
+    p->cta_bytes = p->layers_offset + m->L * most_layer_bytes(p);
     p->stream_bytes = p->cta_bytes * p->ctas;
     p->embed_bytes = m->tied ? 0 : (int64_t) m->V * m->D * 2;
     p->token_bytes = 0;
@@ -296,6 +445,43 @@ static void plan_streams(struct gen_plan *p)
         p->token_bytes +=
             (int64_t) p->phase[i].blocks * p->phase[i].units * 512 * (i == GEN_HEAD ? 1 : m->L);
     p->floor_us = p->gpu.mem_gbps ? p->token_bytes / (p->gpu.mem_gbps * 1e3) : 0;
+}
+
+/* Blocks of N, dealt in turn by STEP over CTAS, that the one of number NTH gets. */
+static int dealt(int n, int step, int ctas, int nth)
+{
+    return (n / step + ctas - 1 - nth) / ctas * step;
+}
+
+/* Chunks of a layer's weights that rank RANK of GROUP reads. */
+static int64_t layer_chunks(const struct gen_plan *p, int group, int rank)
+{
+    const struct gen_model *m = &p->model;
+    const struct gen_class *c = gen_plan_class(p, group);
+    const struct gen_phase *f = p->phase;
+    const int unit0 = c->unit0 + (group - c->first) * c->units;
+    const int mlp = min_int(c->units * 8, f[GEN_MLP].blocks - unit0 * 8);
+
+    return (int64_t) dealt(c->heads * head_blocks(m), 1, p->group, rank) * f[GEN_QKV].spans +
+           (int64_t) p->sets * ceil_div(c->heads * head_units(m), f[GEN_O].span_units) +
+           (int64_t) dealt(max_int(0, mlp), 2, p->group, rank) * f[GEN_MLP].spans +
+           (int64_t) p->sets * ceil_div(c->units, f[GEN_DOWN].span_units);
+}
+
+/* Weight chunks of a token: most of any CTA, or the fewest of those that read the KV cache. */
+static int64_t token_chunks(const struct gen_plan *p, int most)
+{
+    const struct gen_phase *head = &p->phase[GEN_HEAD];
+    int64_t best = -1;
+
+    for (int cta = 0; cta < p->ctas; cta++) {
+        const int group = cta / p->group;
+        const int64_t n = p->model.L * layer_chunks(p, group, cta % p->group) +
+                          (int64_t) dealt(head->blocks, 1, p->ctas, cta) * head->spans;
+        if ((most || group_heads(p, group)) && (best < 0 || (most ? n > best : n < best)))
+            best = n;
+    }
+    return best;
 }
 
 static void plan_vectors(struct gen_plan *p)
@@ -311,7 +497,7 @@ static void plan_vectors(struct gen_plan *p)
     p->vec_layer = at;
     p->vec_norm = (int64_t) at * m->L;
     p->vec_floats = p->vec_norm + m->D;
-    p->kv_head = 2 * (int64_t) p->context * m->E;
+    p->kv_head = 2 * align_up(p->context, p->kv_tile) * m->E;
     p->kv_layer = p->kv_head * m->K;
     p->kv_bytes = p->kv_layer * m->L * 2;
 }
@@ -319,45 +505,52 @@ static void plan_vectors(struct gen_plan *p)
 static void plan_hops(struct gen_plan *p)
 {
     const struct gen_model *m = &p->model;
-    const int head = m->E / 8 * 3;
-    const int words[GEN_HOPS] = {
-        [GEN_HOP_QKV] = (m->H + 2 * m->K) * head,
-        [GEN_HOP_PART] = p->max_splits * m->H * head,
-        [GEN_HOP_SCALE] = p->max_splits * m->H,
-        [GEN_HOP_ATTN] = m->H * head,
-        [GEN_HOP_O] = m->D / 8 * 3,
-        [GEN_HOP_MLP] = m->F / 8 * 3,
-        [GEN_HOP_DOWN] = m->D / 8 * 3,
+    const int64_t groups = p->groups, q_heads = p->most_heads * (m->H / m->K), inner = !p->cluster;
+    const int64_t sums = groups * p->pairs * 6;
+    const int64_t words[GEN_HOPS] = {
+        [GEN_HOP_QKV] = inner * groups * p->most_heads * head_blocks(m) * 3,
+        /* behind a head its maximum and sum */
+        [GEN_HOP_PART] = inner * groups * p->group * q_heads * (m->E / 8 * 3 + 1),
+        [GEN_HOP_MLP] = inner * groups * p->most_units * 4 * 3,
+        /* after O, after DOWN: rows, and a sum of squares of each warp */
+        [GEN_HOP_X] = inner * 2 * groups * (p->pairs * 6 + p->group * p->warps),
+        [GEN_HOP_O] = sums,
+        [GEN_HOP_DOWN] = sums,
         [GEN_HOP_BEST] = p->ctas,
         [GEN_HOP_COUNT] = p->ctas * 16,
     };
+    int64_t at = 0;
 
-    p->exchange_words = 0;
     for (int i = 0; i < GEN_HOPS; i++) {
-        p->hop_buffers[i] = i == GEN_HOP_COUNT ? 2 : 1; /* it follows itself at once */
-        p->hop_offset[i] = p->exchange_words;
-        p->hop_words[i] = words[i] * p->hop_buffers[i];
-        p->exchange_words +=
-            (int) align_up(p->hop_words[i], 8); /* a hop begins on its own 128 bytes */
+        /* A sampler's round follows the last at once; sums are read until those of the next layer
+           are there. */
+        p->hop_buffers[i] = i == GEN_HOP_COUNT || i == GEN_HOP_O || i == GEN_HOP_DOWN ? 2 : 1;
+        p->hop_offset[i] = (int) at;
+        p->hop_words[i] = (int) words[i] * p->hop_buffers[i];
+        at += align_up(words[i] * p->hop_buffers[i], 8); /* a hop begins on its own 128 bytes */
+        if (at > MOST_WORDS)
+            at = MOST_WORDS + 1; /* check_counts refuses it */
     }
+    p->exchange_words = (int) at;
 }
 
 /* ---- Shared memory ------------------------------------------------------- */
 
-/* Attention's work space: q, key and value, out, max and sum (templates/attn.cu.m4). */
-static int attention_bytes(const struct gen_plan *p)
-{
-    const int g = p->head_group, e = p->model.E;
-
-    return (int) align_up(g * e * 4 + 2 * e * 2 + p->warps * g * e * 4 + 2 * p->warps * g * 4, 16);
-}
-
 /* All but the ring (templates/shared.cu.m4). */
-static int fixed_smem(struct gen_plan *p)
+static int fixed_smem(const struct gen_plan *p)
 {
-    p->scratch_bytes = max_int(p->x_elems * 2, attention_bytes(p));
-    return p->scratch_bytes + p->model.D * 4 + 2 * p->round_blocks * 8 * p->warps * 4 +
-           p->warps * (4 + 16) + 320 + 1024; /* sum, best, hist; args, flags, alignment */
+    const struct gen_model *m = &p->model;
+    const int ratio = m->H / m->K, q_heads = p->most_heads * ratio, e = m->E;
+    const int x = (p->cluster ? 2 : 1) * ceil_div(m->D, 32) * 64, y = q_heads * e * 2, act = p->most_units * 64;
+    const int q = y + p->most_heads * 2 * e * 16, qkv = p->most_heads * (ratio + 2) * e * 4;
+    const int part = p->cluster ? p->group * q_heads * (e + 4) * 4 : 0;
+    const int out = p->warps * ratio * (e + 2) * 4;
+    const int resid = p->rank_pairs * 16 * 4, sums = 2 * p->round_blocks * 8 * p->warps * 4;
+    const int squares = 2 * p->group * p->warps * 16;
+    const int best = p->warps * (4 + 16) + 320 + 5 * 8; /* sum, best, hist; mbarriers of hops */
+
+    return x + y + act + q + qkv + part + out + resid + sums + squares + best +
+           1024; /* args, flags, alignment */
 }
 
 /* Stages of the wide tile; two of attention's, which takes up to four; two of the tiles for few
@@ -371,7 +564,7 @@ static int prefill_smem(const struct gen_plan *p)
 }
 
 /* Ring stages that fit beside the rest, 0 if not even one. */
-static int stages_that_fit(struct gen_plan *p)
+static int stages_that_fit(const struct gen_plan *p)
 {
     int room = p->gpu.smem_block - fixed_smem(p);
 
@@ -425,59 +618,123 @@ static void choose_prefill(struct gen_plan *p, unsigned long set)
         ;
 }
 
-static void choose_decode(struct gen_plan *p, unsigned long set)
+/* Clusters of a group's size that fit at once; 0: no cluster has that size. */
+static int clusters_that_fit(const struct gen_plan *p)
 {
-    const struct gen_model *m = &p->model;
-    const int ratio = m->H / m->K, smem = p->gpu.smem_block;
-    const int most_heads = p->family < 90 ? 2 : 4; /* more spill, before sm_90 */
-
-    if (!is_set(set, AT(ctas)))
-        p->ctas = min_int(p->gpu.sms, m->D / 8);
-    if (!is_set(set, AT(warps)))
-        p->warps =
-            7; /* 8 with the producer: a ninth would leave 168 registers a thread, and spill */
-    if (!is_set(set, AT(chunk_bytes)))
-        p->chunk_bytes = smem >= 160000 ? 16384 : smem >= 90000 ? 8192 : 4096;
-    if (!is_set(set, AT(round_blocks)))
-        p->round_blocks = 8;
-    if (!is_set(set, AT(head_group)))
-        p->head_group = ceil_div(ratio, ceil_div(ratio, most_heads));
-    if (!is_set(set, AT(split_min)))
-        p->split_min = 128;
-    if (!is_set(set, AT(dtype)))
-        p->dtype = p->family == 75 || m->dtype == GEN_FP16 ? GEN_FP16 : GEN_BF16;
-    p->groups = ceil_div(ratio, p->head_group);
-    p->kv_ahead = p->family < 90 || p->head_group > 2 ? 2 : 4; /* as registers allow */
-    p->max_splits = max_int(1, p->ctas / (m->K * p->groups));
+    for (int i = 1; i < 5; i++)
+        if (p->group == 1 << i)
+            return p->gpu.clusters[i];
+    return 0;
 }
 
-/* The chunks of a block are unrolled; where they are many, sm_80 to sm_89 run out of registers. */
-static void choose_longer_chunks(struct gen_plan *p)
+/* A group more would have nothing to do. */
+static int most_groups(const struct gen_plan *p)
 {
-    if (p->family != 80 || p->phase[GEN_DOWN].spans <= 20)
-        return;
-    p->chunk_bytes *= 2;
-    plan_streams(p);
-    if (stages_that_fit(p) < 3) {
-        p->chunk_bytes /= 2;
-        plan_streams(p);
+    return p->model.K + model_units(&p->model);
+}
+
+/* A power of two; two groups at least where there are SMs for them. */
+static int choose_group(const struct gen_plan *p, int ctas_set)
+{
+    const int pairs = model_pairs(&p->model);
+    const int most = min_int(GROUP, min_int(pairs, max_int(1, p->gpu.sms / 2)));
+    int group = 1;
+
+    while (group * 2 <= most && (!ctas_set || p->ctas % (group * 2) == 0))
+        group *= 2;
+    if (ctas_set && p->ctas / group > most_groups(p))
+        for (group = min_int(MOST_GROUP, min_int(pairs, p->ctas)); p->ctas % group; group--)
+            ;
+    return group;
+}
+
+/* GPUs of data centres, and emulated ones; others have clusters too, but little else of them. */
+static int choose_cluster(const struct gen_plan *p, int ctas_set)
+{
+    const int arch = p->gpu.arch, fit = clusters_that_fit(p);
+    const int has = p->gpu.host ? arch >= 90 : arch == 90 || arch == 100 || arch == 103;
+
+    return has && fit && (!ctas_set || p->ctas <= fit * p->group);
+}
+
+static void choose_groups(struct gen_plan *p, unsigned long set)
+{
+    const int ctas_set = is_set(set, AT(ctas));
+
+    if (!is_set(set, AT(group)))
+        p->group = choose_group(p, ctas_set);
+    if (!is_set(set, AT(cluster)))
+        p->cluster = choose_cluster(p, ctas_set);
+    if (!ctas_set) {
+        const int groups = p->cluster ? clusters_that_fit(p) : p->gpu.sms / p->group;
+        p->ctas = max_int(1, min_int(groups, most_groups(p))) * p->group;
     }
+    if (!is_set(set, AT(balance)))
+        p->balance = 50;
+}
+
+/* A KV tile of 16 positions and a unit of a set's pairs travel in one chunk: shorter ones do not
+   make the stage shorter. */
+static int least_chunk(const struct gen_plan *p)
+{
+    const int rank_pairs = ceil_div(model_pairs(&p->model), p->group);
+
+    return max_int(64 * p->model.E, ceil_div(rank_pairs, ceil_div(rank_pairs, p->warps)) * 1024);
+}
+
+static void choose_decode(struct gen_plan *p, unsigned long set)
+{
+    const int smem = p->gpu.smem_block;
+
+    if (!is_set(set, AT(warps)))
+        p->warps = 8;
+    if (!is_set(set, AT(chunk_bytes)))
+        p->chunk_bytes = max_int(least_chunk(p), smem >= 160000  ? 16384
+                                                 : smem >= 90000 ? 8192
+                                                                 : 4096);
+    if (!is_set(set, AT(round_blocks)))
+        p->round_blocks = 10;
+    if (!is_set(set, AT(dtype)))
+        p->dtype = p->family == 75 || p->model.dtype == GEN_FP16 ? GEN_FP16 : GEN_BF16;
+}
+
+static void plan_sizes(struct gen_plan *p)
+{
+    plan_phases(p);
+    plan_streams(p);
+    plan_vectors(p);
+    plan_hops(p);
+}
+
+/* As shrink_prefill. */
+static int shrink_decode(struct gen_plan *p, unsigned long set)
+{
+    if (!is_set(set, AT(chunk_bytes)) && p->chunk_bytes / 2 >= max_int(4096, least_chunk(p)))
+        p->chunk_bytes /= 2;
+    else if (!is_set(set, AT(warps)) && p->warps > 4)
+        p->warps = 4;
+    else if (!is_set(set, AT(round_blocks)) && p->round_blocks > 2)
+        p->round_blocks = max_int(2, p->round_blocks / 4 * 2);
+    else if (stages_that_fit(p) < 2 && !is_set(set, AT(group)) && !p->cluster &&
+             p->group % 2 == 0 && p->group > 2 && p->groups * 2 <= most_groups(p))
+        p->group /= 2, plan_groups(p); /* each has a smaller part of the MLP product */
+    else
+        return 0;
+    return 1;
 }
 
 static void choose_ring(struct gen_plan *p, unsigned long set)
 {
-    if (!is_set(set, AT(chunk_bytes)))
-        choose_longer_chunks(p);
-    while (stages_that_fit(p) < 2 && p->chunk_bytes > 1024 && !is_set(set, AT(chunk_bytes))) {
-        p->chunk_bytes /= 2;
-        plan_streams(p);
+    while (plan_sizes(p), stages_that_fit(p) < FEW_STAGES && shrink_decode(p, set))
+        ;
+    if (!is_set(set, AT(stages))) {
+        const int chunks = (int) min_int64(16, token_chunks(p, 0)); /* see check_ring */
+        p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
     }
-    if (!is_set(set, AT(stages)))
-        p->stages = max_int(2, min_int(16, stages_that_fit(p)));
     if (!is_set(set, AT(inflight)))
-        p->inflight = max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
+        p->inflight = p->cluster ? p->stages : max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
     if (!is_set(set, AT(inflight_hop)))
-        p->inflight_hop = max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
+        p->inflight_hop = p->cluster ? p->inflight : max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
     if (!is_set(set, AT(tokens_per_launch))) { /* a token takes about twice its floor, and hops */
         const double kv_us = p->floor_us * (double) p->kv_bytes / (double) p->token_bytes;
         p->tokens_per_launch =
@@ -487,14 +744,55 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
     p->prefill_smem_bytes = prefill_smem(p);
 }
 
-static int check_choices(const struct gen_plan *p, struct mk_err *err)
+/* Before anything is derived from these. */
+static int check_groups(const struct gen_plan *p, struct mk_err *err)
 {
     const struct gen_model *m = &p->model;
+    const int fit = clusters_that_fit(p);
 
-    if (p->ctas > p->gpu.sms || p->ctas > m->D / 8)
+    if (p->ctas > p->gpu.sms)
+        return gen_fail(err, MK_EINVAL, "plan: ctas is %d; %s has %d SMs", p->ctas, p->gpu.name,
+                        p->gpu.sms);
+    if (p->ctas % p->group)
+        return gen_fail(err, MK_EINVAL, "plan: ctas is %d; it must be a multiple of group, %d",
+                        p->ctas, p->group);
+    if (p->group > model_pairs(m))
+        return gen_fail(err, MK_EINVAL, "plan: group is %d; hidden_size %d allows %d", p->group,
+                        m->D, model_pairs(m));
+    if (p->cluster && p->gpu.arch < 90)
+        return gen_fail(err, MK_EINVAL, "plan: cluster is cluster; sm_%d has l2 only", p->gpu.arch);
+    if (p->cluster && (p->group < 2 || p->group & (p->group - 1)))
         return gen_fail(err, MK_EINVAL,
-                        "plan: ctas is %d; %s has %d SMs and hidden_size %d allows %d", p->ctas,
-                        p->gpu.name, p->gpu.sms, m->D, m->D / 8);
+                        "plan: group is %d; a cluster has 2, 4, 8 or 16 CTAs (cluster=l2 takes "
+                        "any)",
+                        p->group);
+    if (p->cluster && p->ctas > fit * p->group)
+        return gen_fail(err, MK_EINVAL,
+                        "plan: ctas is %d; %s holds %d clusters of group %d at once%s", p->ctas,
+                        p->gpu.name, fit, p->group, fit ? "" : " (cluster=l2 needs none)");
+    if (p->ctas / p->group > most_groups(p))
+        return gen_fail(err, MK_EINVAL,
+                        "plan: ctas is %d and group %d; %d KV heads and %d times 32 of "
+                        "intermediate_size are work for %d groups at most",
+                        p->ctas, p->group, m->K, model_units(m), most_groups(p));
+    return 0;
+}
+
+/* A row of the KV cache is written before its tile is copied for the next token: the tile's chunk
+   is a token behind the weights that the row was made with, and a ring is less than that ahead. */
+static int check_ring(const struct gen_plan *p, struct mk_err *err)
+{
+    const int64_t chunks = token_chunks(p, 0);
+
+    if (p->stages <= chunks)
+        return 0;
+    return gen_fail(err, MK_EINVAL,
+                    "plan: stages is %d; a CTA has only %lld chunks of weights in a token",
+                    p->stages, (long long) chunks);
+}
+
+static int check_choices(const struct gen_plan *p, struct mk_err *err)
+{
     if (p->round_blocks % 2 || p->prefill_tokens % 16)
         return gen_fail(err, MK_EINVAL,
                         "plan: round_blocks is %d and prefill_tokens %d; they must be "
@@ -520,17 +818,19 @@ static int check_choices(const struct gen_plan *p, struct mk_err *err)
 static int check_counts(const struct gen_plan *p, struct mk_err *err)
 {
     const struct gen_phase *head = &p->phase[GEN_HEAD];
-    int64_t chunks = 0;
+    const int tiles = ceil_div(ceil_div(p->context, p->kv_tile), p->group);
+    const int64_t chunks = token_chunks(p, 1) + (int64_t) p->model.L * p->most_heads * tiles;
 
-    if (p->layer_bytes > MOST_BYTES || p->cta_bytes - p->head_offset > INT_MAX)
+    if (most_layer_bytes(p) > MOST_BYTES || p->layers_offset > INT_MAX)
         return gen_fail(err, MK_EUNSUPPORTED,
                         "plan: a layer has %lld bytes in the stream of each of %d CTAs "
                         "and the head %lld; at most %d and %d are supported",
-                        (long long) p->layer_bytes, p->ctas,
-                        (long long) (p->cta_bytes - p->head_offset), MOST_BYTES, INT_MAX);
-    for (int i = 0; i < GEN_HEAD; i++)
-        chunks += (int64_t) p->phase[i].cta_blocks * p->phase[i].spans;
-    chunks = chunks * p->model.L + (int64_t) head->cta_blocks * head->spans;
+                        (long long) most_layer_bytes(p), p->ctas, (long long) p->layers_offset,
+                        MOST_BYTES, INT_MAX);
+    if (p->exchange_words > MOST_WORDS)
+        return gen_fail(err, MK_EUNSUPPORTED,
+                        "plan: the hops of ctas %d in groups of %d have more than %d words",
+                        p->ctas, p->group, MOST_WORDS);
     if (chunks * p->tokens_per_launch > MOST_CHUNKS)
         return gen_fail(err, MK_EINVAL,
                         "plan: %d tokens of %lld chunks each are too many for a launch; "
@@ -541,23 +841,24 @@ static int check_counts(const struct gen_plan *p, struct mk_err *err)
                         "plan: each of %d CTAs has %d logits; at most %d are "
                         "supported",
                         p->ctas, head->cta_blocks * 8, MOST_LOGITS);
-    if ((int64_t) p->context * p->model.E > MOST_HEAD_ELEMS)
+    if (p->kv_head / 2 > MOST_HEAD_ELEMS)
         return gen_fail(err, MK_EUNSUPPORTED,
                         "plan: context is %d; with head_dim %d at most %d tokens "
                         "are supported",
                         p->context, p->model.E, MOST_HEAD_ELEMS / p->model.E);
-    if ((int64_t) p->prefill_tokens * p->x_elems * 2 > MOST_BYTES)
+    if ((int64_t) p->prefill_tokens * p->pf_x_cols * 2 > MOST_BYTES)
         return gen_fail(err, MK_EINVAL,
                         "plan: prefill_tokens is %d; with %d columns at most %d are supported",
-                        p->prefill_tokens, p->x_elems, MOST_BYTES / (p->x_elems * 2) / 16 * 16);
+                        p->prefill_tokens, p->pf_x_cols, MOST_BYTES / (p->pf_x_cols * 2) / 16 * 16);
     return 0;
 }
 
 static int check_plan(const struct gen_plan *p, struct mk_err *err)
 {
-    struct gen_plan fit = *p;
     int rc = check_choices(p, err);
 
+    if (rc == 0)
+        rc = check_ring(p, err);
     if (rc == 0)
         rc = check_counts(p, err);
     if (rc)
@@ -566,8 +867,8 @@ static int check_plan(const struct gen_plan *p, struct mk_err *err)
         return gen_fail(err, MK_EINVAL,
                         "plan: decode needs %d bytes of shared memory, %d of them beside the ring, "
                         "and a block of %s has %d; %d stages of %d bytes would fit",
-                        p->smem_bytes, fixed_smem(&fit), p->gpu.name, p->gpu.smem_block,
-                        stages_that_fit(&fit), p->stage_bytes);
+                        p->smem_bytes, fixed_smem(p), p->gpu.name, p->gpu.smem_block,
+                        stages_that_fit(p), p->stage_bytes);
     if (p->prefill_smem_bytes > p->gpu.smem_block)
         return gen_fail(err, MK_EINVAL,
                         "plan: prefill needs %d bytes of shared memory and a block of %s has %d; "
@@ -582,7 +883,9 @@ static void plan_prefill(struct gen_plan *p)
     const int64_t t = p->prefill_tokens;
     const int qkv = (m->H + 2 * m->K) * m->E;
 
-    p->pf_x_cols = p->x_elems;
+    p->pf_x_cols = 0;
+    for (int i = 0; i < GEN_HEAD; i++)
+        p->pf_x_cols = max_int(p->pf_x_cols, p->phase[i].units * 32);
     p->pf_resid = 0;
     p->pf_x = align_up(t * m->D * 4, 1024);
     p->pf_qkv = p->pf_x + align_up(2 * t * p->pf_x_cols * 2, 1024);
@@ -608,10 +911,12 @@ int gen_plan_make(const struct gen_model *m, const struct gen_gpu *g, int contex
     rc = read_settings(out, plan_file, set_list, &set, err);
     if (rc)
         return rc;
+    choose_groups(out, set);
+    rc = check_groups(out, err);
+    if (rc)
+        return rc;
+    plan_groups(out);
     choose_decode(out, set);
-    plan_streams(out);
-    plan_vectors(out);
-    plan_hops(out);
     choose_prefill(out, set);
     choose_ring(out, set);
     plan_prefill(out);

@@ -10,7 +10,7 @@
     X(uint64_t, const half *, embed, "untied embedding [V][D]") \
     X(uint64_t, const float *, vec, "norms and biases") \
     X(uint64_t, const float *, rope, "cos and sin [context][E/2][2]") \
-    X(uint64_t, half *, kv, "KV cache [L][K][2][context][E]") \
+    X(uint64_t, half *, kv, "KV cache, see kv_at") \
     X(uint64_t, Word *, exchange, "hop buffers") \
     X(uint64_t, float *, logits, "[V] of every token") \
     X(uint64_t, u64 *, ring, "host-mapped: launch << 32 | token, one a token") \
@@ -19,6 +19,7 @@
     X(uint64_t, const int *, tokens, "prefill: [n] ids; decode: forced ids or 0") \
     X(uint64_t, unsigned char *, scratch, "prefill activations") \
     X(uint64_t, u32 *, barrier, "prefill: grid barrier counter") \
+    X(uint64_t, u64 *, laps, "plans with timing: cycles [CTAS][LAPS][2], added up") \
     X(uint64_t, u64, seed, "of the sampler") \
     X(uint64_t, u64, logits_stride, "floats between the logits of two tokens; 0: overwrite") \
     X(uint32_t, u32, launch, "number of this launch") \
@@ -34,6 +35,13 @@
 
 /* Tags that a token takes: one a layer, then the sampler's. */
 #define MK_TOKEN_TAGS(n_layers) ((n_layers) + 32)
+
+/* Stages of decode that a plan with timing measures. */
+#define MK_LAPS(X) \
+    X(EMBED) X(QKV) X(QKV_HOP) X(ROWS) X(ATTN) X(PART) X(PART_HOP) X(MERGE) X(O) X(O_SUMS) X(O_X) \
+    X(MLP) X(MLP_HOP) X(DOWN) X(DOWN_SUMS) X(DOWN_X) X(HEAD) X(NEXT)
+#define MK_LAP_INDEX(name) MK_LAP_##name,
+enum { MK_LAPS(MK_LAP_INDEX) MK_LAP_COUNT };
 
 #define MK_STOPS 16 /* 8 of the model, 8 of the caller */
 

@@ -240,7 +240,7 @@ static int run_once(const struct reader *r, const struct launch *l, float *ms, u
     if (rc == 0)
         rc = rt_event_record(d, r->start, err);
     if (rc == 0)
-        rc = rt_launch(d, l->func, l->grid, l->block, l->smem, 0, l->params, err);
+        rc = rt_launch(d, l->func, l->grid, l->block, l->smem, 0, 0, l->params, err);
     if (rc == 0)
         rc = rt_event_record(d, r->end, err);
     if (rc == 0)

@@ -10,6 +10,7 @@
 #include <time.h>
 
 #include "runtime/bandwidth.h"
+#include "runtime/abi.h"
 #include "runtime/bench.h"
 #include "runtime/cpu.h"
 #include "runtime/engine.h"
@@ -420,6 +421,47 @@ int rt_bench_prefill(struct rt_bench *b, int n, struct rt_bench_run *run, struct
     memcpy(ran->input, b->tokens, (size_t)n * sizeof *ran->input);
     ran->chosen[n - 1] = ran->chosen[0];
     return 0;
+}
+
+/* Add up LAPS over the CTAs whose group has heads or has none, per CTA and token. */
+static void sum_laps(const struct gen_plan *p, const uint64_t *laps, int n, struct rt_bench_stage *out)
+{
+    int ctas[2] = {0, 0};
+
+    for (int cta = 0; cta < p->ctas; cta++)
+        ctas[!gen_plan_class(p, cta / p->group)->heads]++;
+    for (int cta = 0; cta < p->ctas; cta++) {
+        const int kind = !gen_plan_class(p, cta / p->group)->heads;
+        for (int i = 0; i < MK_LAP_COUNT; i++, laps += 2) {
+            out[i].cycles[kind] += (double)laps[0] / n / ctas[kind];
+            out[i].waited[kind] += (double)laps[1] / n / ctas[kind];
+        }
+    }
+}
+
+int rt_bench_stages(struct rt_bench *b, int pos, int n, struct rt_bench_stage *out, struct mk_err *err)
+{
+#define STAGE(stage) {.name = #stage},
+    static const struct rt_bench_stage stages[] = {MK_LAPS(STAGE)};
+    uint64_t *laps = malloc((size_t)b->plan->ctas * MK_LAP_COUNT * 2 * sizeof *laps);
+    int32_t *chosen = malloc((size_t)n * sizeof *chosen);
+    double ms;
+    int rc = laps && chosen ? 0 : gen_fail(err, MK_ENOMEM, "no memory for the stages' times");
+
+    memcpy(out, stages, sizeof stages);
+    for (int i = 0; i < MK_LAP_COUNT; i++)
+        out[i].per_layer = i >= MK_LAP_QKV && i <= MK_LAP_DOWN_X;
+    if (rc == 0)
+        rc = rt_session_laps(b->session, laps, err);
+    if (rc == 0)
+        rc = run_once(b, RAN_DECODE, pos, n, chosen, NULL, &ms, err);
+    if (rc == 0)
+        rc = rt_session_laps(b->session, laps, err);
+    if (rc == 0)
+        sum_laps(b->plan, laps, n, out);
+    free(laps);
+    free(chosen);
+    return rc;
 }
 
 /* ---- Checks: what is compared ------------------------------------------------ */

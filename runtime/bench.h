@@ -81,6 +81,20 @@ int rt_bench_decode(struct rt_bench *b, int pos, int n, struct rt_bench_run *run
    milliseconds per RUN.  Returns as rt_bench_decode.  Rows 0 .. N-1 count as filled. */
 int rt_bench_prefill(struct rt_bench *b, int n, struct rt_bench_run *run, struct mk_err *err);
 
+/* Mean cycles per token that a stage of decode takes (MK_LAPS of abi.h), waiting counted in, and how
+   many of them it waits for its weights: in groups that have KV heads [0], and in the others [1] (0 when
+   there are none). */
+struct rt_bench_stage {
+    const char *name;
+    int per_layer;              /* 1: of all layers together */
+    double cycles[2], waited[2];
+};
+
+/* Run N tokens from position POS once and measure the stages; needs plan choice timing=on, and
+   POS filled as for rt_bench_decode.  OUT has room for MK_LAP_COUNT.
+   Returns 0, MK_ENOMEM, MK_EDEVICE. */
+int rt_bench_stages(struct rt_bench *b, int pos, int n, struct rt_bench_stage *out, struct mk_err *err);
+
 struct rt_bench_verdict {
     int correct;                /* 1, or 0 and TEXT says what was wrong */
     int checked;                /* tokens compared */

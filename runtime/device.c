@@ -64,6 +64,10 @@
     F(cuEventSynchronize, (rt_event e))                                                     \
     F(cuEventElapsedTime, (float *ms, rt_event a, rt_event b))
 
+/* What only NVIDIA's library has: an emulated GPU takes any number of clusters. */
+#define GPU(F)                                                                              \
+    F(cuOccupancyMaxActiveClusters, (int *n, rt_func f, const struct launch *config))
+
 /* What only libmkhost has. */
 #define HOST(F)                                                                             \
     F(mkhost_seed, void, (uint64_t seed))                                                   \
@@ -95,15 +99,19 @@ enum {                                      /* CUdevice_attribute */
 
 enum {
     FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, /* CUfunction_attribute */
+    FUNC_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14,
+    MOST_PORTABLE_CLUSTER = 8,              /* CTAs; more need that attribute */
     STREAM_NON_BLOCKING = 1,                /* CUstream_flags */
     HOSTALLOC_PORTABLE = 1,                 /* CU_MEMHOSTALLOC_* */
     HOSTALLOC_DEVICEMAP = 2,
-    LAUNCH_CLUSTER_DIMENSION = 4            /* CUlaunchAttributeID */
+    LAUNCH_COOPERATIVE = 2,                 /* CUlaunchAttributeID */
+    LAUNCH_CLUSTER_DIMENSION = 4
 };
 
 struct launch_attribute {                   /* CUlaunchAttribute */
     unsigned id;
     union {
+        int cooperative;
         unsigned cluster[3];
         char bytes[64];
     } value __attribute__((aligned(8)));
@@ -121,6 +129,7 @@ struct driver {
 #define FIELD(name, args) int (*name) args;
 #define HOST_FIELD(name, type, args) type (*name) args;
     DRIVER(FIELD)
+    GPU(FIELD)
     HOST(HOST_FIELD)
 #undef FIELD
 #undef HOST_FIELD
@@ -178,6 +187,7 @@ struct entry {
 
 #define ENTRY(name, ...) { #name, offsetof(struct driver, name) },
 static const struct entry driver_table[] = { DRIVER(ENTRY) { NULL, 0 } };
+static const struct entry gpu_table[] = { GPU(ENTRY) { NULL, 0 } };
 static const struct entry host_table[] = { HOST(ENTRY) { NULL, 0 } };
 #undef ENTRY
 
@@ -205,6 +215,8 @@ static int open_gpu_driver(struct mk_err *err)
     if (!lib)
         return gen_fail(err, MK_ENOGPU, "no NVIDIA driver (%s)", dlerror());
     lacks = load_functions(&gpu_driver, lib, driver_table);
+    if (!lacks)
+        lacks = load_functions(&gpu_driver, lib, gpu_table);
     if (!lacks)
         return 0;
     dlclose(lib);
@@ -385,6 +397,37 @@ static void ask_facts(const struct rt_device *d, struct gen_gpu *g)
     g->mem_gbps = (int) (2.0 * attr(d, ATTR_MEMORY_CLOCK_RATE) * 1e3
                          * (attr(d, ATTR_GLOBAL_MEMORY_BUS_WIDTH) / 8) / 1e9);
     g->mem_bytes = (int64_t) d->total;
+    g->clusters[0] = g->sms;
+}
+
+/* How many clusters fit at once when each block has an SM for itself.  Only a kernel can be asked:
+   an empty one, which the driver compiles.  A driver that cannot compile leaves the counts 0. */
+static void ask_clusters(struct rt_device *d)
+{
+    static const char probe[] = ".version 7.8\n.target sm_90\n.address_size 64\n"
+                                ".visible .entry mk_probe()\n{\n    ret;\n}\n";
+    struct gen_gpu *g = &d->facts;
+    rt_module m;
+    rt_func f;
+
+    if (d->host || g->arch < 90 || d->cu->cuModuleLoadData(&m, probe))
+        return;
+    if (d->cu->cuModuleGetFunction(&f, m, "mk_probe") == 0
+        && d->cu->cuFuncSetAttribute(f, FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES, g->smem_block) == 0) {
+        d->cu->cuFuncSetAttribute(f, FUNC_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1);
+        for (int i = 1; i < 5; i++) {
+            const struct launch_attribute attribute = {
+                .id = LAUNCH_CLUSTER_DIMENSION, .value.cluster = { 1u << i, 1, 1 }
+            };
+            const struct launch config = {
+                .grid = { 1u << i, 1, 1 }, .block = { 256, 1, 1 },
+                .smem = (unsigned) g->smem_block, .attributes = &attribute, .n_attributes = 1
+            };
+            if (d->cu->cuOccupancyMaxActiveClusters(&g->clusters[i], f, &config))
+                g->clusters[i] = 0;
+        }
+    }
+    d->cu->cuModuleUnload(m);
 }
 
 /* Find out name and properties; refuse a GPU that the kernels cannot run on. */
@@ -460,11 +503,13 @@ int rt_device_open(const char *which, int index, struct rt_device **out, struct 
         if (rc)
             d->stream = NULL;
     }
-    if (rc)
+    if (rc) {
         rt_device_close(d);
-    else
-        *out = d;
-    return rc;
+        return rc;
+    }
+    ask_clusters(d);
+    *out = d;
+    return 0;
 }
 
 void rt_device_close(struct rt_device *d)
@@ -840,8 +885,28 @@ static int check_fits(struct rt_device *d, rt_func f, int grid, int block, int s
     return rc;
 }
 
-static int check_sizes(int grid, int block, int smem, struct mk_err *err)
+/* The same of clusters, which need SMs that are near each other. */
+static int check_clusters_fit(struct rt_device *d, rt_func f, const struct launch *config,
+                              int cluster, struct mk_err *err)
 {
+    const int grid = (int) config->grid[0];
+    int n = 0, rc;
+
+    if (d->host)
+        return 0;
+    rc = check(d, err, d->cu->cuOccupancyMaxActiveClusters(&n, f, config),
+               "cuOccupancyMaxActiveClusters");
+    if (rc == 0 && grid > (int64_t) n * cluster)
+        rc = gen_fail(err, MK_EDEVICE, "the cooperative grid has %d clusters of %d blocks of %u "
+                      "threads and %u bytes of shared memory; %d such clusters fit on %s at once",
+                      grid / cluster, cluster, config->block[0], config->smem, n, d->name);
+    return rc;
+}
+
+static int check_sizes(int grid, int block, int smem, int cluster, struct mk_err *err)
+{
+    if (cluster < 0 || (cluster && grid % cluster))
+        return gen_fail(err, MK_EINVAL, "cannot launch %d blocks in clusters of %d", grid, cluster);
     if (grid >= 1 && block >= 1 && smem >= 0)
         return 0;
     return gen_fail(err, MK_EINVAL, "cannot launch %d blocks of %d threads with %d bytes of "
@@ -860,15 +925,42 @@ static int check_launch(const struct rt_device *d, int result, const char *call,
                        grid, block, smem);
 }
 
+static int launch_clusters(struct rt_device *d, rt_func f, int grid, int block, int smem,
+                           int cooperative, int cluster, void **params, struct mk_err *err)
+{
+    const struct launch_attribute attributes[] = {
+        { .id = LAUNCH_CLUSTER_DIMENSION, .value.cluster = { (unsigned) cluster, 1, 1 } },
+        { .id = LAUNCH_COOPERATIVE, .value.cooperative = 1 },
+    };
+    const struct launch config = {
+        .grid = { (unsigned) grid, 1, 1 }, .block = { (unsigned) block, 1, 1 },
+        .smem = (unsigned) smem, .stream = d->stream, .attributes = attributes,
+        .n_attributes = cooperative ? 2 : 1
+    };
+    int rc = 0;
+
+    if (cluster > MOST_PORTABLE_CLUSTER)
+        rc = check(d, err, d->cu->cuFuncSetAttribute(f, FUNC_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+                   "cuFuncSetAttribute");
+    if (rc == 0 && cooperative)
+        rc = check_clusters_fit(d, f, &config, cluster, err);
+    if (rc)
+        return rc;
+    rc = d->cu->cuLaunchKernelEx(&config, f, params, NULL);
+    return check_launch(d, rc, "cuLaunchKernelEx", grid, block, smem, err);
+}
+
 int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int cooperative,
-              void **params, struct mk_err *err)
+              int cluster, void **params, struct mk_err *err)
 {
     const char *call = cooperative ? "cuLaunchCooperativeKernel" : "cuLaunchKernel";
     unsigned g = (unsigned) grid, b = (unsigned) block, s = (unsigned) smem;
-    int rc = check_sizes(grid, block, smem, err);
+    int rc = check_sizes(grid, block, smem, cluster, err);
 
     if (rc == 0)
         rc = enter(d, err);
+    if (rc == 0 && cluster > 1)
+        return launch_clusters(d, f, grid, block, smem, cooperative, cluster, params, err);
     if (rc == 0 && cooperative)
         rc = check_fits(d, f, grid, block, smem, err);
     if (rc)
@@ -878,28 +970,6 @@ int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int
     else
         rc = d->cu->cuLaunchKernel(f, g, 1, 1, b, 1, 1, s, d->stream, params, NULL);
     return check_launch(d, rc, call, grid, block, smem, err);
-}
-
-int rt_launch_cluster(struct rt_device *d, rt_func f, int grid, int block, int smem, int cluster,
-                      void **params, struct mk_err *err)
-{
-    const struct launch_attribute attribute = {
-        .id = LAUNCH_CLUSTER_DIMENSION, .value.cluster = { (unsigned) cluster, 1, 1 }
-    };
-    const struct launch config = {
-        .grid = { (unsigned) grid, 1, 1 }, .block = { (unsigned) block, 1, 1 },
-        .smem = (unsigned) smem, .stream = d->stream, .attributes = &attribute, .n_attributes = 1
-    };
-    int rc = check_sizes(grid, block, smem, err);
-
-    if (rc == 0 && (cluster < 1 || grid % cluster))
-        rc = gen_fail(err, MK_EINVAL, "cannot launch %d blocks in clusters of %d", grid, cluster);
-    if (rc == 0)
-        rc = enter(d, err);
-    if (rc)
-        return rc;
-    rc = d->cu->cuLaunchKernelEx(&config, f, params, NULL);
-    return check_launch(d, rc, "cuLaunchKernelEx", grid, block, smem, err);
 }
 
 /* ---- Events --------------------------------------------------------------- */

@@ -29,7 +29,8 @@ void rt_device_close(struct rt_device *d);
 int rt_device_which(const char *which, int *arch, struct mk_err *err);
 
 /* Facts as the plan wants them; name is the profile-like name ("NVIDIA H200" -> "nvidia-h200").
-   Clusters are 0: the driver can only count them with a kernel at hand. */
+   Clusters are 0 where there are none, and where the driver cannot compile the kernel that it
+   counts them for. */
 void rt_device_facts(const struct rt_device *d, struct gen_gpu *out);
 const char *rt_device_name(const struct rt_device *d);      /* "NVIDIA H200" */
 int rt_device_driver(const struct rt_device *d);            /* 13000 for CUDA 13.0 */
@@ -75,13 +76,11 @@ void rt_module_free(struct rt_device *d, rt_module m);
 int rt_module_func(struct rt_device *d, rt_module m, const char *name, int smem, rt_func *out,
                    struct mk_err *err);
 /* Launch; COOPERATIVE: the whole grid must be resident (checked before: MK_EDEVICE with both
-   numbers).  PARAMS: one pointer per kernel parameter.  Also MK_EINVAL: sizes below 1. */
+   numbers).  CLUSTER: 0 or 1, or the blocks of a cluster, which reach each other's shared memory;
+   GRID is a multiple of it.  PARAMS: one pointer per kernel parameter.  Also MK_EINVAL: sizes
+   below 1. */
 int rt_launch(struct rt_device *d, rt_func f, int grid, int block, int smem, int cooperative,
-              void **params, struct mk_err *err);
-/* The same, not cooperative, in clusters of CLUSTER blocks that can reach each other's shared
-   memory; GRID is a multiple of it. */
-int rt_launch_cluster(struct rt_device *d, rt_func f, int grid, int block, int smem, int cluster,
-                      void **params, struct mk_err *err);
+              int cluster, void **params, struct mk_err *err);
 
 int rt_event_make(struct rt_device *d, rt_event *out, struct mk_err *err);
 void rt_event_free(struct rt_device *d, rt_event e);

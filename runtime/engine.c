@@ -39,7 +39,7 @@ struct rt_session {
     rt_event launched; /* recorded behind every decode launch: sessions share a stream */
     int kernel_from;
     double kernel_s;
-    rt_ptr kv, rope, exchange, logits, tokens, scratch, barrier;
+    rt_ptr kv, rope, exchange, logits, tokens, scratch, barrier, laps;
     void *host; /* the mapped memory */
     rt_ptr host_device;
     struct mapped mapped;
@@ -239,16 +239,18 @@ static void exchange_text(void *user, uint64_t offset, char *out, size_t size)
     gen_hop_describe(user, (int) (offset / 16), out, size);
 }
 
+/* Tiles of positions, keys and then values of each; blocks of 8 positions x 8 elements in both. */
 static void kv_text(void *user, uint64_t offset, char *out, size_t size)
 {
     const struct gen_plan *p = user;
-    const int64_t at = (int64_t) offset / 2, head = at % p->kv_layer;
-    const int64_t row = head % (p->kv_head / 2) / p->model.E;
+    const int64_t keys = (int64_t) p->kv_tile * p->model.E, strip = 8 * p->model.E;
+    const int64_t layer = (int64_t) offset / 2, head = layer % p->kv_layer, at = head % p->kv_head;
+    const int64_t pos = at / (2 * keys) * p->kv_tile + at % keys / strip * 8 + at % 64 / 8;
 
     snprintf(out, size, "layer %lld, KV head %lld, %s of position %lld, element %lld",
-             (long long) (at / p->kv_layer), (long long) (head / p->kv_head),
-             head % p->kv_head < p->kv_head / 2 ? "key" : "value", (long long) row,
-             (long long) (at % p->model.E));
+             (long long) (layer / p->kv_layer), (long long) (head / p->kv_head),
+             at % (2 * keys) < keys ? "key" : "value", (long long) pos,
+             (long long) (at % strip / 64 * 8 + at % 8));
 }
 
 static void logits_text(void *user, uint64_t offset, char *out, size_t size)
@@ -262,13 +264,15 @@ static void logits_text(void *user, uint64_t offset, char *out, size_t size)
 static void stream_text(void *user, uint64_t offset, char *out, size_t size)
 {
     const struct gen_plan *p = user;
-    const long long at = (long long) offset % p->cta_bytes, cta = (long long) offset / p->cta_bytes;
+    const int cta = (int) ((int64_t) offset / p->cta_bytes);
+    const long long at = (long long) offset % p->cta_bytes, layers = at - p->layers_offset;
+    const int64_t layer_bytes = gen_plan_class(p, cta / p->group)->layer_bytes;
 
-    if (at < p->head_offset)
-        snprintf(out, size, "CTA %lld, layer %lld, byte %lld", cta, at / p->layer_bytes,
-                 at % p->layer_bytes);
+    if (layers < 0)
+        snprintf(out, size, "CTA %d, head, byte %lld", cta, at);
     else
-        snprintf(out, size, "CTA %lld, head, byte %lld", cta, at - p->head_offset);
+        snprintf(out, size, "CTA %d, layer %lld, byte %lld", cta, layers / layer_bytes,
+                 layers % layer_bytes);
 }
 
 static void scratch_text(void *user, uint64_t offset, char *out, size_t size)
@@ -282,13 +286,18 @@ static void scratch_text(void *user, uint64_t offset, char *out, size_t size)
 }
 
 /* Device memory of a session. */
-enum { BUFFERS = 7 };
+enum { BUFFERS = 8 };
 struct buffer {
     rt_ptr *at;
     size_t bytes;
     const char *name;
     rt_label_fn *text;
 };
+
+static size_t laps_bytes(const struct gen_plan *p)
+{
+    return (size_t) p->ctas * MK_LAP_COUNT * 2 * sizeof(uint64_t);
+}
 
 static void list_buffers(struct rt_session *s, struct buffer list[BUFFERS])
 {
@@ -305,6 +314,7 @@ static void list_buffers(struct rt_session *s, struct buffer list[BUFFERS])
         {&s->tokens, tokens * 4, "tokens", NULL},
         {&s->scratch, (size_t) p->pf_bytes, "prefill scratch", scratch_text},
         {&s->barrier, 128, "grid barrier", NULL},
+        {&s->laps, laps_bytes(p), "laps", NULL},
     };
 
     memcpy(list, all, sizeof all);
@@ -367,6 +377,8 @@ static int make_buffers(struct rt_session *s, struct mk_err *err)
     if (rc == 0)
         rc = poison_exchange(s, err);
     if (rc == 0)
+        rc = rt_device_set(d, s->laps, 0, laps_bytes(&s->plan), err);
+    if (rc == 0)
         rc = rt_event_make(d, &s->launched, err);
     if (rc == 0)
         rc = make_mapped(s, err);
@@ -377,6 +389,33 @@ static int make_buffers(struct rt_session *s, struct mk_err *err)
 
 /* ---- Sessions ------------------------------------------------------------ */
 
+static int choose_kernel(struct rt_session *s, int context, struct mk_err *err)
+{
+    struct rt_engine *e = s->engine;
+    int rc = gen_plan_make(e->model, &e->gpu, context, e->options.plan_file, e->options.set,
+                           &s->plan, err);
+
+    if (rc == 0)
+        rc = check_memory(s, err);
+    return rc ? rc : get_kernel(s, err);
+}
+
+/* Nothing here can compile, and no pack has a kernel for as many clusters as this GPU holds: parts
+   of one product differ in that.  One without clusters will do; if there is none either, the first error stays. */
+static int choose_plainer_kernel(struct rt_session *s, int context)
+{
+    struct gen_gpu *gpu = &s->engine->gpu;
+    const struct gen_gpu clusters = *gpu;
+    struct mk_err ignored;
+
+    for (int i = 1; i < 5; i++)
+        gpu->clusters[i] = 0;
+    if (choose_kernel(s, context, &ignored) == 0)
+        return 0;
+    *gpu = clusters;
+    return MK_ETOOL;
+}
+
 int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, struct mk_err *err)
 {
     struct rt_session *s = calloc(1, sizeof *s);
@@ -386,13 +425,10 @@ int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, s
     if (!s)
         return gen_fail(err, MK_ENOMEM, "no memory for a session");
     s->engine = e;
-    rc = gen_plan_make(e->model, &e->gpu, context, e->options.plan_file, e->options.set, &s->plan,
-                       err);
+    rc = choose_kernel(s, context, err);
+    if (rc == MK_ETOOL && s->plan.cluster && !e->packed.stream)
+        rc = choose_plainer_kernel(s, context);
     s->epoch = s->plan.epoch0;
-    if (rc == 0)
-        rc = check_memory(s, err);
-    if (rc == 0)
-        rc = get_kernel(s, err);
     if (rc == 0)
         rc = load_weights(s, err);
     if (rc == 0)
@@ -482,6 +518,7 @@ static void common_args(const struct rt_session *s, struct mk_args *a)
     a->cancel = on_device(s, s->mapped.cancel);
     a->scratch = s->scratch;
     a->barrier = s->barrier;
+    a->laps = s->laps;
 }
 
 /* The device failed: if a watchdog wrote down why, say that instead. */
@@ -492,10 +529,10 @@ static int device_failed(struct rt_session *s, int rc, struct mk_err *err)
         "the weight ring",
         "hop QKV",
         "hop PART",
-        "hop ATTN",
         "hop O",
         "hop MLP",
         "hop DOWN",
+        "hop X",
         "hop BEST",
         "hop COUNT",
         "the grid barrier of prefill",
@@ -519,12 +556,12 @@ static int dead(struct mk_err *err)
     return gen_fail(err, MK_EDEVICE, "the GPU failed in an earlier call; close the model");
 }
 
-static int launch(struct rt_session *s, rt_func f, int block, int smem, struct mk_args *a,
-                  struct mk_err *err)
+static int launch(struct rt_session *s, rt_func f, int block, int smem, int cluster,
+                  struct mk_args *a, struct mk_err *err)
 {
     void *params[] = {a};
 
-    return rt_launch(s->engine->device, f, s->plan.ctas, block, smem, 1, params, err);
+    return rt_launch(s->engine->device, f, s->plan.ctas, block, smem, 1, cluster, params, err);
 }
 
 int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int pos, int *done,
@@ -549,7 +586,7 @@ int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int p
         if (rc == 0)
             rc = rt_device_set(d, s->barrier, 0, 4, err);
         if (rc == 0)
-            rc = launch(s, s->prefill, 256, s->plan.prefill_smem_bytes, &a, err);
+            rc = launch(s, s->prefill, 256, s->plan.prefill_smem_bytes, 0, &a, err);
         if (rc == 0 && (rc = rt_device_sync(d, err)) != 0)
             return device_failed(s, rc, err);
         if (rc)
@@ -621,7 +658,8 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
     if (rc == 0 && job->forced)
         rc = rt_device_put(d, s->tokens, job->forced, (size_t) a->n * 4, err);
     if (rc == 0)
-        rc = launch(s, s->decode, s->plan.warps * 32 + 32, s->plan.smem_bytes, a, err);
+        rc = launch(s, s->decode, s->plan.warps * 32 + 32, s->plan.smem_bytes,
+                    s->plan.cluster ? s->plan.group : 0, a, err);
     if (rc == 0)
         rc = rt_event_record(d, s->launched, err);
     if (rc)
@@ -687,30 +725,81 @@ int rt_session_decode(struct rt_session *s, const struct rt_decode *job, int *do
     return rc;
 }
 
+int rt_session_laps(struct rt_session *s, uint64_t *laps, struct mk_err *err)
+{
+    const size_t bytes = laps_bytes(&s->plan);
+    int rc = rt_device_get(s->engine->device, laps, s->laps, bytes, err);
+
+    if (rc == 0)
+        rc = rt_device_set(s->engine->device, s->laps, 0, bytes, err);
+    return rc ? rc : rt_device_sync(s->engine->device, err);
+}
+
 /* ---- For checks ----------------------------------------------------------- */
 
-static rt_ptr kv_row(const struct rt_session *s, int layer, int head, int which, int pos)
+/* Rows of the cache, and the whole tiles that they lie in. */
+struct kv_rows {
+    rt_ptr at;
+    size_t bytes;
+    uint16_t *tiles;
+    int tile, E, which, first, n; /* FIRST: from the first tile's first position */
+};
+
+static int kv_rows_get(const struct rt_session *s, int layer, int head, struct kv_rows *r, int pos,
+                       struct mk_err *err)
 {
     const struct gen_plan *p = &s->plan;
+    const int64_t tile0 = pos / p->kv_tile, tiles = (pos + r->n - 1) / p->kv_tile + 1 - tile0;
+    const int64_t elems = (int64_t) p->kv_tile * p->model.E * 2; /* of a tile */
+    int rc;
 
-    return s->kv + 2 * (uint64_t) (layer * p->kv_layer + head * p->kv_head +
-                                   which * (p->kv_head / 2) + (int64_t) pos * p->model.E);
+    r->tile = p->kv_tile;
+    r->E = p->model.E;
+    r->first = pos % p->kv_tile;
+    r->at = s->kv + 2 * (uint64_t) (layer * p->kv_layer + head * p->kv_head + tile0 * elems);
+    r->bytes = (size_t) (tiles * elems) * 2;
+    r->tiles = malloc(r->bytes);
+    if (!r->tiles)
+        return gen_fail(err, MK_ENOMEM, "no memory for rows of the KV cache");
+    rc = rt_device_get(s->engine->device, r->tiles, r->at, r->bytes, err);
+    return rc ? rc : rt_device_sync(s->engine->device, err);
+}
+
+/* 8 elements of row I, from element E on; as kv_at in templates/place.cu.m4. */
+static uint16_t *kv_piece(const struct kv_rows *r, int i, int e)
+{
+    const size_t pos = (size_t) (r->first + i), half = (size_t) r->tile * (size_t) r->E;
+
+    return r->tiles + (pos / (size_t) r->tile * 2 + (size_t) r->which) * half +
+           pos % (size_t) r->tile / 8 * (size_t) (8 * r->E) + (size_t) (e / 8 * 64) + pos % 8 * 8;
 }
 
 int rt_session_kv_get(struct rt_session *s, int layer, int head, int which, int pos, int n,
                       uint16_t *rows, struct mk_err *err)
 {
-    const size_t bytes = (size_t) n * (size_t) s->plan.model.E * 2;
-    int rc = rt_device_get(s->engine->device, rows, kv_row(s, layer, head, which, pos), bytes, err);
+    struct kv_rows r = {.which = which, .n = n};
+    int rc = kv_rows_get(s, layer, head, &r, pos, err);
 
-    return rc ? rc : rt_device_sync(s->engine->device, err);
+    for (int i = 0; rc == 0 && i < n; i++)
+        for (int e = 0; e < r.E; e += 8, rows += 8)
+            memcpy(rows, kv_piece(&r, i, e), 16);
+    free(r.tiles);
+    return rc;
 }
 
 int rt_session_kv_put(struct rt_session *s, int layer, int head, int which, int pos, int n,
                       const uint16_t *rows, struct mk_err *err)
 {
-    const size_t bytes = (size_t) n * (size_t) s->plan.model.E * 2;
-    int rc = rt_device_put(s->engine->device, kv_row(s, layer, head, which, pos), rows, bytes, err);
+    struct kv_rows r = {.which = which, .n = n};
+    int rc = kv_rows_get(s, layer, head, &r, pos, err);
 
-    return rc ? rc : rt_device_sync(s->engine->device, err);
+    for (int i = 0; rc == 0 && i < n; i++)
+        for (int e = 0; e < r.E; e += 8, rows += 8)
+            memcpy(kv_piece(&r, i, e), rows, 16);
+    if (rc == 0)
+        rc = rt_device_put(s->engine->device, r.at, r.tiles, r.bytes, err);
+    if (rc == 0)
+        rc = rt_device_sync(s->engine->device, err);
+    free(r.tiles);
+    return rc;
 }

@@ -76,4 +76,8 @@ int rt_session_kv_get(struct rt_session *s, int layer, int head, int which, int 
                       uint16_t *rows, struct mk_err *err);
 int rt_session_kv_put(struct rt_session *s, int layer, int head, int which, int pos, int n,
                       const uint16_t *rows, struct mk_err *err);
+/* With plan choice timing=on: cycles [CTAs of the plan][MK_LAP_COUNT][2] of the stages of decode (abi.h), and
+   of these for the ring, added up since the last call.  Returns 0 or MK_EDEVICE. */
+int rt_session_laps(struct rt_session *s, uint64_t *laps, struct mk_err *err);
+
 #endif

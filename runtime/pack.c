@@ -55,8 +55,8 @@ static int launch_pack(struct packer *k, struct mk_pack_args *a, struct mk_err *
 {
     void *params[] = {a};
 
-    return rt_launch(k->job->device, k->pack, k->job->plan->gpu.sms * 4, PACK_THREADS, 0, 0, params,
-                     err);
+    return rt_launch(k->job->device, k->pack, k->job->plan->gpu.sms * 4, PACK_THREADS, 0, 0, 0,
+                     params, err);
 }
 
 /* Rows ROW0 .. ROW0+ROWS-1 through the buffer whose turn it is. */
@@ -230,6 +230,8 @@ static int packer_open(struct packer *k, struct mk_err *err)
     }
     if (rc == 0)
         rc = rt_device_alloc(d, (size_t) p->stream_bytes, &k->out->stream, err);
+    if (rc == 0) /* rows and columns that fill up pairs and units */
+        rc = rt_device_set(d, k->out->stream, 0, (size_t) p->stream_bytes, err);
     if (rc == 0)
         rc = rt_device_alloc(d, (size_t) p->vec_floats * 4, &k->out->vec, err);
     if (rc == 0 && p->embed_bytes)

@@ -1,19 +1,4 @@
-t_section({|Attention over the KV cache, split over CTAs|})
-
-// Work space of one task, in S->scratch.
-struct Attention {
-    alignas(16) float q[HEAD_GROUP][E]; // normed, rotated, times log2(e) / sqrt(E)
-    alignas(16) half key[E], value[E]; // of this position
-    alignas(16) float out[WARPS][HEAD_GROUP][E]; // of each warp's positions
-    float max[WARPS][HEAD_GROUP], sum[WARPS][HEAD_GROUP];
-};
-static_assert(sizeof(Attention) <= PLAN_SCRATCH_BYTES, "the plan's scratch is too small");
-
-// Splits of a context of N positions.
-static __device__ __forceinline__ int split_count(int n)
-{
-    return min(MAX_SPLITS, (n + SPLIT_MIN - 1) / SPLIT_MIN);
-}
+t_section({|Attention over the KV cache, whose tiles are dealt to the ranks|})
 
 // One head's E values, 2 x E/64 a lane: pair i of a lane is dimensions lane + 32 i and that
 // plus E/2, which rotate together.
@@ -46,6 +31,16 @@ struct Head_values {
             b[i] *= scale * weight.b[i];
         }
     }
+    // As halves; each 8 of them STRIDE after the last 8.
+    __device__ __forceinline__ void store(half *to, int stride, float scale) const
+    {
+        #pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            const int e = threadIdx.x % 32 + i * 32;
+            to[e / 8 * stride + e % 8] = to_half(a[i] * scale);
+            to[(e + E / 2) / 8 * stride + e % 8] = to_half(b[i] * scale);
+        }
+    }
     // By the angles whose cosines and sines are ROPE[E/2][2].
     __device__ __forceinline__ void rotate(const float2 (&rope)[PAIRS])
     {
@@ -58,306 +53,327 @@ struct Head_values {
     }
 };
 
-// Bring this task's rows of hop QKV to the work space, ready for use; the last split also
-// adds this position's key and value to the cache.
-static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head, int q0, int queries,
-                                                 half *cache, int pos, bool last, const float *vec)
+// The tiles that this CTA has of each of its group's heads, up to the one of position POS.
+static __device__ __forceinline__ int my_tiles(int pos)
 {
-    constexpr int HEAD_WORDS = E / 8 * 3;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float *raw = &A.out[0][0][0]; // [HEAD_GROUP + 2][E]: not in use yet
-    float2 rope[Head_values::PAIRS];
-    #pragma unroll
-    for (int i = 0; i < Head_values::PAIRS; i++)
-        rope[i] = ((const float2 *)S->args.rope)[(u64)pos * (E / 2) + lane + i * 32];
-t_if(MODEL_QK_NORM, {|    Head_values q_norm, k_norm;
-    q_norm.load(vec + VEC_Q_NORM);
-    k_norm.load(vec + VEC_K_NORM);
-|})m4_dnl
-
-    await_words<(HEAD_GROUP + 2) * HEAD_WORDS>(tag, AT_QKV, [&](int word) {
-        const int i = word / HEAD_WORDS;
-        const int row = i < HEAD_GROUP ? q0 + min(i, queries - 1)
-                      : i == HEAD_GROUP ? H + head : H + K + head;
-        return S->args.exchange + HOP_QKV + row * HEAD_WORDS + word % HEAD_WORDS;
-    }, [&](int word, const Word &got) {
-        float *to = raw + word / HEAD_WORDS * E + word_first(word % HEAD_WORDS);
-        for (int i = 0; i < word_count(word); i++)
-            to[i] = word_value(got, i);
-    });
-    consumer_barrier();
-
-    #pragma unroll 1
-    for (int i = warp; i < HEAD_GROUP + 2; i += WARPS) {
-        Head_values x;
-        x.load(raw + i * E);
-        if (i < HEAD_GROUP) {
-t_if(MODEL_QK_NORM, {|            x.norm(q_norm);
-|})m4_dnl
-            x.rotate(rope);
-            for (int j = 0; j < Head_values::PAIRS; j++) {
-                A.q[i][lane + j * 32] = x.a[j] * SOFTMAX_SCALE;
-                A.q[i][lane + j * 32 + E / 2] = x.b[j] * SOFTMAX_SCALE;
-            }
-        } else if (last) {
-            half *to = i == HEAD_GROUP ? A.key : A.value;
-            if (i == HEAD_GROUP) {
-t_if(MODEL_QK_NORM, {|                x.norm(k_norm);
-|})m4_dnl
-                x.rotate(rope);
-            }
-            half *row = cache + (i == HEAD_GROUP ? 0 : KV_VALUE) + (u64)pos * E;
-            for (int j = 0; j < Head_values::PAIRS; j++) {
-                const int e = lane + j * 32;
-                to[e] = to_half(x.a[j]);
-                to[e + E / 2] = to_half(x.b[j]);
-                if (q0 % (H / K) == 0) { // one of the GROUPS tasks that share the head
-                    *late(&row[e]) = to[e];
-                    *late(&row[e + E / 2]) = to[e + E / 2];
-                }
-            }
-        }
-    }
-    consumer_barrier();
+    return (pos / KV_TILE - my_rank() + GROUP) / GROUP;
 }
 
-// The keys and values that a lane reads at once: 8 dimensions of AHEAD positions.  A group of
-// LANES lanes takes a position.
-struct Rows {
-    static constexpr int LANES = E / 8, AT_ONCE = 32 / LANES; // positions that a warp reads side by side
-    static constexpr int AHEAD = KV_AHEAD;
-    static constexpr int WARP = AT_ONCE * AHEAD; // positions of a warp
-    uint4 key[AHEAD], value[AHEAD];
+// What rows are normed and rotated with, read before they come.
+struct Attention_constants {
+    float2 rope[Head_values::PAIRS];
+t_if(MODEL_QK_NORM, {|    Head_values q_norm, k_norm;
+|})m4_dnl
 
-    static __device__ __forceinline__ int first(int from)
+    __device__ __forceinline__ void load(int pos, const float *vec)
     {
-        return from + (int)(threadIdx.x / 32) * WARP;
-    }
-    static __device__ __forceinline__ int row(int base, int r)
-    {
-        return base + r * AT_ONCE + (int)(threadIdx.x % 32) / LANES;
-    }
-
-    // From the cache, which has no row POS yet; positions from TO on give those before.
-    __device__ __forceinline__ void load(const half *cache, int base, int to, int pos)
-    {
-        const int dim = (int)(threadIdx.x % LANES) * 8;
         #pragma unroll
-        for (int r = 0; r < AHEAD; r++) {
-            const half *at = cache + (u64)max(min(min(row(base, r), to - 1), pos - 1), 0) * E + dim;
-            key[r] = *(const uint4 *)at;
-            value[r] = *(const uint4 *)(at + KV_VALUE);
+        for (int i = 0; i < Head_values::PAIRS; i++)
+            rope[i] = ((const float2 *)S->args.rope)[(u64)pos * (E / 2) + threadIdx.x % 32 + i * 32];
+t_if(MODEL_QK_NORM, {|        q_norm.load(vec + VEC_Q_NORM);
+        k_norm.load(vec + VEC_K_NORM);
+|})m4_dnl
+    }
+};
+
+// From S->qkv: queries to S->q, normed, rotated, times log2(e) / sqrt(E).  The rank whose tile has
+// position POS takes its key and value to S->now.
+static __device__ __forceinline__ void attn_rows(int pos, const Attention_constants &c)
+{
+    const int warp = threadIdx.x / 32;
+    const Share mine = share_of(my_group());
+    const bool writes = pos / KV_TILE % GROUP == my_rank();
+    #pragma unroll 1
+    for (int i = warp; i < mine.heads * (RATIO + 2); i += WARPS) {
+        const int head = i / (RATIO + 2), j = i % (RATIO + 2), which = j - RATIO; // key or value
+        if (which >= 0 && !writes)
+            continue;
+        Head_values x;
+        x.load(S->qkv[head][j]);
+        if (which < 1) { // not a value
+t_if(MODEL_QK_NORM, {|            Head_values weight;
+            #pragma unroll
+            for (int i = 0; i < Head_values::PAIRS; i++) {
+                weight.a[i] = which < 0 ? c.q_norm.a[i] : c.k_norm.a[i];
+                weight.b[i] = which < 0 ? c.q_norm.b[i] : c.k_norm.b[i];
+            }
+            x.norm(weight);
+|})m4_dnl
+            x.rotate(c.rope);
+        }
+        x.store(which < 0 ? S->q[head * RATIO + j] : S->now[head][which], which < 0 ? 8 : 64,
+                which < 0 ? SOFTMAX_SCALE : 1.0f);
+    }
+}
+
+// This position's keys and values, of all heads of the group, to the cache.
+static __device__ __forceinline__ void attn_keep(half *cache, int pos)
+{
+    const Share mine = share_of(my_group());
+    for (int i = threadIdx.x; i < mine.heads * 2 * (E / 8); i += THREADS) {
+        const int head = i / (2 * (E / 8)), which = i / (E / 8) % 2, e = i % (E / 8) * 8;
+        *late((uint4 *)(cache + (mine.head0 + head) * KV_HEAD + which * KV_VALUE + kv_at(pos, e))) =
+            *(const uint4 *)(S->now[head][which] + e * 8);
+    }
+t_if(PLAN_FAMILY >= 90, {|    fence_async_global(); // the copy engine will read it
+|})m4_dnl
+}
+
+// One warp's sums for up to 8 query heads: columns of the mma, whose rows are positions, then
+// dimensions.  A lane has heads lane % 4 * 2 and + 1.
+struct Attention {
+    u32 q[E / 8];
+    float out[E / 16][4], top[2], mass[2]; // dimensions lane / 4, + 8 of each 16; mass: of the lane's positions
+
+    // QUERIES: of the first head; HEADS of them.
+    __device__ __forceinline__ void start(const half *queries, int heads)
+    {
+        const int lane = threadIdx.x % 32, head = lane / 4;
+        const u32 *from = (const u32 *)(queries + min(head, heads - 1) * E) + lane % 4;
+        #pragma unroll
+        for (int i = 0; i < E / 8; i++)
+            q[i] = from[i * 4];
+        #pragma unroll
+        for (int i = 0; i < E / 16; i++)
+            out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+        top[0] = top[1] = -1e30f;
+        mass[0] = mass[1] = 0.0f;
+    }
+
+    // P: positions lane / 4 and + 8 of two heads; as the right operand: two positions of a head.
+    static __device__ __forceinline__ u32 turn(u32 p)
+    {
+        const int lane = threadIdx.x % 32, from = lane % 4 * 8 + lane / 8;
+        const u32 a = __shfl_sync(~0u, p, from), b = __shfl_sync(~0u, p, from + 4);
+        return lane / 4 % 2 ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
+    }
+
+    // Attend to 16 positions whose keys and values lie at KEYS and VALUES, the second 8 STRIDE behind the first; those
+    // from COUNT on are not there: what lies in their place may not even be numbers.
+    __device__ __forceinline__ void attend(u32 keys, u32 values, int stride, int count)
+    {
+        const int lane = threadIdx.x % 32, even = lane % 4 * 2;
+        const u32 key_at = keys + lane / 8 % 2 * stride + lane / 16 * 128 + lane % 8 * 16;
+        const u32 value_at = values + lane / 16 * stride + lane / 8 % 2 * 128 + lane % 8 * 16;
+        const u32 there[2] = {(even < count ? 0xffff : 0) | (even + 1 < count ? 0xffff0000 : 0),
+                              (even + 8 < count ? 0xffff : 0) | (even + 9 < count ? 0xffff0000 : 0)};
+        float s[2][4] = {};
+        #pragma unroll
+        for (int i = 0; i < E / 16; i++) {
+            u32 key[4];
+            ldmatrix(key, key_at + i * 256);
+            mma(s[i % 2], key[0], key[1], key[2], key[3], q[i * 2], q[i * 2 + 1]);
+        }
+        float p[2][2], keep[2]; // [head][position]
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float a = lane / 4 < count ? s[0][h] + s[1][h] : -1e30f;
+            const float b = lane / 4 + 8 < count ? s[0][h + 2] + s[1][h + 2] : -1e30f;
+            float best = fmaxf(top[h], fmaxf(a, b));
+            #pragma unroll
+            for (int i = 4; i < 32; i *= 2)
+                best = fmaxf(best, __shfl_xor_sync(~0u, best, i));
+            keep[h] = exp2_approx(top[h] - best);
+            p[h][0] = exp2_approx(a - best);
+            p[h][1] = exp2_approx(b - best);
+            mass[h] = mass[h] * keep[h] + (p[h][0] + p[h][1]);
+            top[h] = best;
+        }
+        const u32 p0 = turn(pack(p[0][0], p[1][0])), p1 = turn(pack(p[0][1], p[1][1]));
+        #pragma unroll
+        for (int i = 0; i < E / 16; i++) {
+            u32 value[4];
+            ldmatrix_transposed(value, value_at + i * 256);
+            #pragma unroll
+            for (int c = 0; c < 4; c++)
+                out[i][c] *= keep[c % 2];
+            mma(out[i], value[0] & there[0], value[1] & there[0], value[2] & there[1], value[3] & there[1], p0, p1);
+        }
+    }
+
+    // Leave them for HEADS heads from FIRST on.
+    __device__ __forceinline__ void leave(int first, int heads)
+    {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int head = lane % 4 * 2 + h;
+            #pragma unroll
+            for (int i = 4; i < 32; i *= 2)
+                mass[h] += __shfl_xor_sync(~0u, mass[h], i);
+            if (head < heads) {
+                #pragma unroll
+                for (int i = 0; i < E / 16; i++) {
+                    S->out[warp][first + head][i * 16 + lane / 4] = out[i][h];
+                    S->out[warp][first + head][i * 16 + lane / 4 + 8] = out[i][h + 2];
+                }
+                if (lane < 4) {
+                    S->top[warp][first + head] = top[h];
+                    S->mass[warp][first + head] = mass[h];
+                }
+            }
         }
     }
 };
 
-// Each warp attends to its share of positions FROM .. TO-1, the first of which are in NEXT, and
-// leaves its sums in the work space.
-static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache,
-                                                      int pos, int from, int to)
+// The warp that attends to this position itself, in the rank that has its tile: the next one behind those
+// that have cached positions, or the last.
+static __device__ __forceinline__ int now_warp(int pos) { return min(my_tiles(pos) * (KV_TILE / 16), WARPS - 1); }
+
+// Each warp attends to its share of this CTA's tiles of head HEAD of the group, from chunk CHUNK on, 16 positions
+// at a time, and leaves its sums.  Returns the next chunk.
+static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
 {
-    constexpr int LANES = Rows::LANES, AHEAD = Rows::AHEAD;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int sub = lane / LANES, dim = lane % LANES * 8;
-    float q[HEAD_GROUP][8], out[HEAD_GROUP][8] = {}, top[HEAD_GROUP], sum[HEAD_GROUP] = {};
+    constexpr int PARTS = KV_TILE / 16, QUERIES = (RATIO + 7) / 8; // 16 positions; 8 query heads
+    constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PARTS : 1; // tiles at once
+    const int warp = threadIdx.x / 32, tiles = my_tiles(pos), part = warp % PARTS, mine = warp / PARTS;
+    const bool is_last = pos / KV_TILE % GROUP == my_rank() && warp == now_warp(pos);
+    Attention a[QUERIES];
     #pragma unroll
-    for (int g = 0; g < HEAD_GROUP; g++) {
-        top[g] = -1e30f;
-        #pragma unroll
-        for (int i = 0; i < 8; i++)
-            q[g][i] = A.q[g][dim + i];
-    }
-
+    for (int i = 0; i < QUERIES; i++)
+        a[i].start(S->q[head * RATIO + i * 8], min(RATIO - i * 8, 8));
     #pragma unroll 1
-    for (int base = Rows::first(from); base < to; base += WARPS * Rows::WARP) {
-        Rows rows = next;
-        next.load(cache, base + WARPS * Rows::WARP, to, pos);
-        #pragma unroll
-        for (int r = 0; r < AHEAD; r++) {
-            if (min(Rows::row(base, r), to - 1) == pos) {
-                rows.key[r] = *(const uint4 *)(A.key + dim);
-                rows.value[r] = *(const uint4 *)(A.value + dim);
-            }
-        }
-        #pragma unroll
-        for (int g = 0; g < HEAD_GROUP; g++) {
-            float score[AHEAD], best = top[g];
+    for (int tile = 0; tile < tiles; tile += TURN) {
+        const int n = min(TURN, tiles - tile); // this warp takes tile MINE of these
+        const int first = (my_rank() + (tile + mine) * GROUP) * KV_TILE + part * 16; // position
+        const unsigned char *keys = S->ring[(chunk + mine) % STAGES] + part * (E * 32);
+        wait_landed(chunk + n);
+        if (mine < n && first < pos)
             #pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                const uint4 key = rows.key[r];
-                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x)
-                        + q[g][2] * low(key.y) + q[g][3] * high(key.y)
-                        + q[g][4] * low(key.z) + q[g][5] * high(key.z)
-                        + q[g][6] * low(key.w) + q[g][7] * high(key.w);
-                #pragma unroll
-                for (int i = LANES / 2; i; i /= 2)
-                    s += __shfl_xor_sync(~0u, s, i);
-                score[r] = Rows::row(base, r) < to ? s : -1e30f;
-                best = fmaxf(best, score[r]);
-            }
-            const float keep = exp2f(top[g] - best);
-            top[g] = best;
-            sum[g] *= keep;
-            #pragma unroll
-            for (int i = 0; i < 8; i++)
-                out[g][i] *= keep;
-            #pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                const float p = score[r] > -1e30f ? exp2f(score[r] - best) : 0.0f;
-                const u32 v[4] = {rows.value[r].x, rows.value[r].y, rows.value[r].z, rows.value[r].w};
-                sum[g] += p;
-                #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    out[g][i * 2] += p * low(v[i]);
-                    out[g][i * 2 + 1] += p * high(v[i]);
-                }
-            }
-        }
+            for (int i = 0; i < QUERIES; i++)
+                a[i].attend(shared_address(keys), shared_address(keys + KV_VALUE * 2), E * 16, pos - first);
+        release_chunks(chunk, n);
+        chunk += n;
     }
-
-    #pragma unroll
-    for (int g = 0; g < HEAD_GROUP; g++) {
+    if (is_last)
         #pragma unroll
-        for (int i = LANES; i < 32; i *= 2) { // over the lane groups
-            const float other = __shfl_xor_sync(~0u, top[g], i), best = fmaxf(top[g], other);
-            const float mine = exp2f(top[g] - best), theirs = exp2f(other - best);
-            sum[g] = sum[g] * mine + __shfl_xor_sync(~0u, sum[g], i) * theirs;
+        for (int i = 0; i < QUERIES; i++)
+            a[i].attend(shared_address(S->now[head][0]), shared_address(S->now[head][1]), 0, 1);
+    #pragma unroll
+    for (int i = 0; i < QUERIES; i++)
+        a[i].leave(i * 8, min(RATIO - i * 8, 8));
+    return chunk;
+}
+
+t_if(PLAN_CLUSTER > 1, {||}, {|// Hop PART: of a rank and query head of this group E values, then their maximum and sum.
+constexpr int PART_WORDS = E / 8 * 3 + 1;
+static __device__ __forceinline__ Word *part_hop(int rank)
+{
+    return S->args.exchange + HOP_PART + (my_group() * GROUP + rank) * (MOST_HEADS * RATIO * PART_WORDS);
+}
+
+|})m4_dnl
+// Merge what the first warps, WARPS of them, have left for the queries of HEAD, and send it to all ranks.
+static __device__ __forceinline__ void attn_send(int head, u32 tag, int warps)
+{
+t_if(PLAN_CLUSTER > 1, {|    constexpr int VALUES = 4, WORDS = E / 4;
+    constexpr int MANY = THREADS / (RATIO * WORDS), SHARES = MANY < 1 ? 1 : MANY > GROUP ? GROUP : MANY; // of the ranks|}, {|    constexpr int VALUES = 3, WORDS = E / 8 * 3;|})
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < RATIO * WORDS t_if(PLAN_CLUSTER > 1, {|* SHARES|}); i += THREADS) {
+        const int query = i / WORDS % RATIO, word = i % WORDS;
+        const int e = t_if(PLAN_CLUSTER > 1, {|word * 4|}, {|word_first(word)|});
+        float best = -1e30f, sum = 0.0f, out[VALUES] = {};
+        #pragma unroll 4
+        for (int w = 0; w < warps; w++)
+            best = fmaxf(best, S->top[w][query]);
+        #pragma unroll 4
+        for (int w = 0; w < warps; w++) {
+            const float scale = exp2_approx(S->top[w][query] - best);
+            sum += S->mass[w][query] * scale;
             #pragma unroll
-            for (int d = 0; d < 8; d++)
-                out[g][d] = out[g][d] * mine + __shfl_xor_sync(~0u, out[g][d], i) * theirs;
-            top[g] = best;
+            for (int v = 0; v < VALUES; v++)
+                out[v] += S->out[w][query][min(e + v, E - 1)] * scale;
         }
-        if (sub == 0) {
-            *(float4 *)&A.out[warp][g][dim] = make_float4(out[g][0], out[g][1], out[g][2], out[g][3]);
-            *(float4 *)&A.out[warp][g][dim + 4] = make_float4(out[g][4], out[g][5], out[g][6], out[g][7]);
-        }
-        if (lane == 0) {
-            A.max[warp][g] = top[g];
-            A.sum[warp][g] = sum[g];
-        }
+t_if(PLAN_CLUSTER > 1, {|        float *to = S->part[my_rank()][head * RATIO + query];
+        for (int rank = i / (RATIO * WORDS); rank < GROUP; rank += SHARES)
+            give(to + e, PART_HERE, rank, __float_as_uint(out[0]), __float_as_uint(out[1]), __float_as_uint(out[2]),
+                 __float_as_uint(out[3]));
+        if (i < RATIO * WORDS && word < GROUP)
+            give(to + E, PART_HERE, word, __float_as_uint(best), __float_as_uint(sum), 0, 0);|}, {|        Word *to = part_hop(my_rank()) + (head * RATIO + query) * PART_WORDS;
+        store_word(to + word, __float_as_uint(out[0]), __float_as_uint(out[1]), __float_as_uint(out[2]), tag);
+        if (word == 0)
+            store_word(to + WORDS, __float_as_uint(best), __float_as_uint(sum), 0, tag);|})
     }
 }
 
-// Merge the warps' sums and send them: to hop ATTN when there is one split, else to hop PART.
-static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, int q0, int queries,
-                                                 int split, int splits)
-{
-    constexpr int HEAD_WORDS = E / 8 * 3;
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < queries * HEAD_WORDS; i += THREADS) {
-        const int g = i / HEAD_WORDS, word = i % HEAD_WORDS, e = word_first(word);
-        const int e2 = min(e + 2, E - 1); // the last word of a block has no third value
-        float best = A.max[0][g], sum = 0.0f, out[3] = {};
-        #pragma unroll
-        for (int w = 1; w < WARPS; w++)
-            best = fmaxf(best, A.max[w][g]);
-        #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const float scale = exp2f(A.max[w][g] - best);
-            sum += A.sum[w][g] * scale;
-            out[0] += A.out[w][g][e] * scale;
-            out[1] += A.out[w][g][e + 1] * scale;
-            out[2] += A.out[w][g][e2] * scale;
-        }
-        const float scale = splits == 1 ? 1.0f / sum : 1.0f;
-        Word *to = S->args.exchange
-                 + (splits == 1 ? HOP_ATTN + (q0 + g) * HEAD_WORDS
-                                : HOP_PART + (split * H + q0 + g) * HEAD_WORDS);
-        store_word(to + word, __float_as_uint(out[0] * scale), __float_as_uint(out[1] * scale),
-                   __float_as_uint(out[2] * scale), tag);
-        if (splits > 1 && word == 0)
-            store_word(S->args.exchange + HOP_SCALE + split * H + q0 + g, __float_as_uint(best),
-                       __float_as_uint(sum), 0, tag);
-    }
-}
-
-// LAYER_CACHE and VEC: where the layer's cache and vectors begin.  Tasks are (KV head, group of
-// its query heads, split); CTA c takes tasks c, c + CTAS, ...
+// LAYER_CACHE and VEC: where the layer's cache and vectors begin.
 static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
 {
-    Attention &A = *(Attention *)S->scratch;
-    const u32 tag = layer_tag(layer);
-    const int pos = S->args.pos + S->index;
-    const int splits = split_count(pos + 1);
+    const int pos = S->args.pos + S->index, heads = share_of(my_group()).heads;
+    u32 chunk = my_chunk();
+    if (!heads)
+        return;
+    Attention_constants constants;
+    constants.load(pos, S->args.vec + vec);
+t_if(PLAN_CLUSTER > 1, {|    await_landing(QKV_HERE, heads * (RATIO + 2) * E * 4, layer, AT_QKV);|}, {|    await_blocks<GROUP_QKV>(&S->qkv[0][0][0], qkv_hop(), heads * Qkv::GROUPED, layer_tag(layer), AT_QKV);
+    consumer_barrier();|})t_lap(QKV_HOP)
+    if (!my_tiles(pos))
+        return;
+    attn_rows(pos, constants);t_lap(ROWS)
     #pragma unroll 1
-    for (int task = blockIdx.x; task < K * GROUPS * splits; task += CTAS) {
-        const int head = task % K, group = task / K % GROUPS, split = task / (K * GROUPS);
-        const int q0 = head * (H / K) + group * HEAD_GROUP;
-        const int queries = min(HEAD_GROUP, (head + 1) * (H / K) - q0);
-        const int from = (int)((long long)(pos + 1) * split / splits);
-        const int to = (int)((long long)(pos + 1) * (split + 1) / splits);
-        half *cache = S->args.kv + layer_cache + head * KV_HEAD;
-        Rows rows; // on their way while q is awaited, and the rest to L2
-        rows.load(cache, Rows::first(from), to, pos);
-        for (int line = from * E / 64 + (int)threadIdx.x; line < min(to, pos) * E / 64; line += THREADS) {
-            prefetch_l2(cache + line * 64);
-            prefetch_l2(cache + KV_VALUE + line * 64);
-        }
-        consumer_barrier(); // the work space is free
-        attn_load(A, tag, head, q0, queries, cache, pos, split == splits - 1, S->args.vec + vec);
-        attn_positions(A, rows, cache, pos, from, to);
-        consumer_barrier();
-        attn_send(A, tag, q0, queries, split, splits);
+    for (int head = 0; head < heads; head++) {
+        consumer_barrier(); // queries and this position's row are there; what the warps left has been sent
+        chunk = attn_head(chunk, head, pos);
+        consumer_barrier();t_lap(ATTN)
+        attn_send(head, layer_tag(layer), now_warp(pos) + 1);t_lap(PART)
     }
+    if (pos / KV_TILE % GROUP == my_rank())
+        attn_keep(S->args.kv + layer_cache, pos);
+    take_chunks(chunk);
 }
 
-// Merge the splits: hops PART and SCALE -> hop ATTN.  A warp makes a word, a lane reads every
-// 32nd split.
-static __device__ __noinline__ void attn_merge(int layer)
+// y = the sums of all ranks that have positions, merged and divided.
+static __device__ __forceinline__ void attn_merge(int layer)
 {
-    const u32 tag = layer_tag(layer);
-    constexpr int HEAD_WORDS = E / 8 * 3;
-    const int splits = split_count(S->args.pos + S->index + 1), lane = threadIdx.x % 32;
-    if (splits == 1)
-        return;
-    if (threadIdx.x == 0)
-        store_flag(&S->hold, 1);
+    const int heads = share_of(my_group()).heads, ranks = min(GROUP, (S->args.pos + S->index) / KV_TILE + 1);
+t_if(PLAN_CLUSTER > 1, {|    await_landing(PART_HERE, ranks * heads * RATIO * (E + 4) * 4, layer, AT_PART);t_lap(PART_HOP)
     #pragma unroll 1
-    for (int word = blockIdx.x + CTAS * (threadIdx.x / 32); word < H * HEAD_WORDS; word += CTAS * WARPS) {
+    for (int i = threadIdx.x; i < heads * RATIO * (E / 2); i += THREADS) {
+        const int query = i / (E / 2), e = i % (E / 2) * 2;
+        float best = -1e30f, sum = 0.0f, out[2] = {};
+        #pragma unroll
+        for (int rank = 0; rank < GROUP; rank++)
+            if (rank < ranks)
+                best = fmaxf(best, S->part[rank][query][E]);
+        #pragma unroll
+        for (int rank = 0; rank < GROUP; rank++) {
+            if (rank < ranks) {
+                const float *part = S->part[rank][query];
+                const float scale = exp2_approx(part[E] - best);
+                sum += part[E + 1] * scale;
+                out[0] += part[e] * scale;
+                out[1] += part[e + 1] * scale;
+            }
+        }
+        *(u32 *)(S->y + query * E + e) = pack(__fdividef(out[0], sum), __fdividef(out[1], sum));
+    }|}, {|    const u32 tag = layer_tag(layer);
+    hold(1);
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < heads * RATIO * (E / 8 * 3); i += THREADS) {
+        const int query = i / (E / 8 * 3), word = i % (E / 8 * 3);
         float best = -1e30f, sum = 0.0f, out[3] = {};
         #pragma unroll 1
-        for (int split = lane; split < splits; split += 32) {
-            const Word *part_at = S->args.exchange + HOP_PART + split * H * HEAD_WORDS + word;
-            const Word *scale_at = S->args.exchange + HOP_SCALE + split * H + word / HEAD_WORDS;
-            Word part = load_word(part_at), scale = load_word(scale_at);
+        for (int rank = 0; rank < ranks; rank++) {
+            const Word *from = part_hop(rank) + query * PART_WORDS;
+            Word part = load_word(from + word), scale = load_word(from + PART_WORDS - 1);
             Watch watch;
             while (part.tag != tag || scale.tag != tag) {
                 watch.poll(S->args.fault, AT_PART, tag, part.tag);
-                part = load_word(part_at);
-                scale = load_word(scale_at);
+                part = load_word(from + word);
+                scale = load_word(from + PART_WORDS - 1);
             }
-            const float top = fmaxf(best, word_value(scale, 0));
-            const float mine = exp2f(best - top), theirs = exp2f(word_value(scale, 0) - top);
-            best = top;
+            const float higher = fmaxf(best, word_value(scale, 0));
+            const float mine = exp2_approx(best - higher), theirs = exp2_approx(word_value(scale, 0) - higher);
+            best = higher;
             sum = sum * mine + word_value(scale, 1) * theirs;
             #pragma unroll
-            for (int i = 0; i < 3; i++)
-                out[i] = out[i] * mine + word_value(part, i) * theirs;
+            for (int v = 0; v < 3; v++)
+                out[v] = out[v] * mine + word_value(part, v) * theirs;
         }
-        #pragma unroll
-        for (int i = 16; i; i /= 2) {
-            const float top = fmaxf(best, __shfl_xor_sync(~0u, best, i));
-            const float mine = exp2f(best - top), theirs = exp2f(__shfl_xor_sync(~0u, best, i) - top);
-            sum = sum * mine + __shfl_xor_sync(~0u, sum, i) * theirs;
-            #pragma unroll
-            for (int j = 0; j < 3; j++)
-                out[j] = out[j] * mine + __shfl_xor_sync(~0u, out[j], i) * theirs;
-            best = top;
-        }
-        if (lane == 0)
-            store_word(S->args.exchange + HOP_ATTN + word, __float_as_uint(out[0] / sum),
-                       __float_as_uint(out[1] / sum), __float_as_uint(out[2] / sum), tag);
+        for (int v = 0; v < word_count(word); v++)
+            S->y[query * E + word_first(word) + v] = to_half(__fdividef(out[v], sum));
     }
-    if (threadIdx.x == 0)
-        store_flag(&S->hold, 0);
-}
-
-// x = the attention output; then its projection goes to hop O.
-static __device__ __noinline__ void attn_out(int layer)
-{
-    const u32 tag = layer_tag(layer);
-    consumer_barrier(); // x is free
-    await_x<H * E>(S->args.exchange + HOP_ATTN, tag, AT_ATTN);
-    multiply_send<O>(layer_chunk(layer) + phase_chunks<Qkv>(), HOP_O, tag);
+    hold(0);|})
+    consumer_barrier();t_lap(MERGE)
 }
 

@@ -1,13 +1,6 @@
 t_need({|PLAN_CLUSTER|}, {|PLAN_FAMILY|}, {|PLAN_HOST|}, {|PLAN_FP16|}, {|GPU_ARCH|})m4_dnl
 t_if(PLAN_CLUSTER > 1 && PLAN_FAMILY >= 90 && !PLAN_HOST, {|t_section({|Primitives of clusters: CTAs that reach each other's shared memory|})
 
-static __device__ __forceinline__ u32 cluster_rank()
-{
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
 // Barrier of all threads of the cluster, in two halves: writes before an arrival are seen after
 // the wait.
 static __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
@@ -42,6 +35,15 @@ static __device__ __forceinline__ bool mbarrier_try_wait_cluster(u64 *b, u32 par
                  "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
                  "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(b)), "r"(parity) : "memory");
     return passed;
+}
+
+m4_ifdef({|PLAN_ALL_PRIMS|}, {|t_section({|Primitives that no kernel uses yet: the rank|})
+
+static __device__ __forceinline__ u32 cluster_rank()
+{
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
 }
 
 t_if(GPU_ARCH == 90, {|t_section({|Primitives of a warpgroup: 128 threads from a multiple of 128 on|})
@@ -96,4 +98,4 @@ t_wgmma(64)
 
 t_wgmma(128)
 
-|})|})m4_dnl
+|})|})|})m4_dnl

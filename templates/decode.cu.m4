@@ -2,18 +2,26 @@ t_section({|Decode: the producer warp|})
 
 // The producer warp keeps the ring full of this CTA's stream, across phases, layers and tokens.
 // What it has brought so far is in S->filled and S->landed, which no one else writes.
+// On sm_90 and later one lane does it all; before, the warp's lanes share the copies, and go by what lane 0 sees.
+t_if(PLAN_FAMILY >= 90, {|static __device__ __forceinline__ bool is_producer() { return threadIdx.x == THREADS; }
+static __device__ __forceinline__ u32 of_lane0(u32 value) { return value; }
+static __device__ __forceinline__ void sync_producer() {}|}, {|static __device__ __forceinline__ bool is_producer() { return threadIdx.x >= THREADS; }
+static __device__ __forceinline__ u32 of_lane0(u32 value) { return __shfl_sync(~0u, value, 0); }
+static __device__ __forceinline__ void sync_producer() { __syncwarp(); }|})
 
-// Count the chunks that have landed, of those before chunk FILLED.
+// Tell the consumers which chunks have landed, of those before chunk FILLED.
 static __device__ __forceinline__ u32 count_landed(u32 filled)
 {
-    u32 landed = S->landed;
+    const u32 before = S->landed;
+    u32 landed = before;
     while (landed < filled && gate_landed(&S->full[landed % STAGES], landed / STAGES))
         landed++;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        store_flag(&S->landed, landed); // the watchdog's report reads it
-    __syncwarp();
-    return __shfl_sync(~0u, landed, 0);
+    landed = of_lane0(landed);
+    sync_producer();
+    if (threadIdx.x % 32 == 0 && landed != before)
+        publish_flag(&S->landed, landed);
+    sync_producer();
+    return landed;
 }
 
 // Bring the next BYTES as chunk CHUNK, when its stage is free and few enough chunks are on their
@@ -25,36 +33,92 @@ static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src,
         const u32 landed = count_landed(chunk);
         const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
         const bool go = chunk - landed < most && gate_free(&S->free[stage], chunk / STAGES);
-        if (__shfl_sync(~0u, load_flag(&S->done), 0))
+        if (of_lane0(load_flag(&S->done)))
             return false;
-        if (__shfl_sync(~0u, go, 0))
+        if (of_lane0(go))
             break;
     }
     gate_fill(&S->full[stage], S->ring[stage], src, bytes);
     return true;
 }
 
-// Bring all my blocks of phase P, which lie at byte OFFSET of this CTA's stream.
-template <class P>
-static __device__ __noinline__ void feed(u64 offset)
+// The producer's next chunk, when its warp has got there.
+static __device__ __forceinline__ void set_filled(u32 chunk)
 {
-    const unsigned char *src = S->args.stream + blockIdx.x * CTA_BYTES + offset;
-    const int blocks = my_blocks<P>();
-    u32 chunk = S->filled;
-    bool here = true; // the consumers are
-    #pragma unroll 1
-    for (int block = 0; block < blocks && here; block++) {
-        #pragma unroll 1
-        for (int span = 0; span < P::SPANS && here; span++) {
-            here = fill(chunk, src + block * P::BLOCK_BYTES + span * P::SPAN_UNITS * 512,
-                        min(P::SPAN_UNITS, P::UNITS - span * P::SPAN_UNITS) * 512);
-            chunk += here;
-        }
-    }
-    __syncwarp();
+    sync_producer();
     if (threadIdx.x % 32 == 0)
         S->filled = chunk;
-    __syncwarp();
+    sync_producer();
+}
+
+static __device__ __forceinline__ const unsigned char *my_stream() { return S->args.stream + blockIdx.x * CTA_BYTES; }
+
+// LAYER of this CTA's stream.
+static __device__ __forceinline__ const unsigned char *my_layer(const Share &mine, int layer)
+{
+    return my_stream() + LAYERS_OFFSET + (u64)layer * mine.layer;
+}
+
+// Bring N chunks of BYTES each, the last of LAST, that lie STRIDE bytes apart from SRC on; while the consumers are
+// here.
+static __device__ __noinline__ void feed(const unsigned char *src, u64 stride, int bytes, int n, int last)
+{
+    u32 chunk = S->filled;
+    #pragma unroll 1
+    for (int i = 0; i < n && fill(chunk, src + i * stride, i == n - 1 ? last : bytes); i++)
+        chunk++;
+    set_filled(chunk);
+}
+
+// Bring BLOCKS blocks, whose rows are all columns of x.
+static __device__ __forceinline__ void feed_rows(const unsigned char *src, int blocks)
+{
+    constexpr int SPAN = Head::SPAN_UNITS * 512, LAST = Head::BLOCK_BYTES - (Head::SPANS - 1) * SPAN;
+    if (Head::SPANS == 1)
+        feed(src, SPAN, SPAN, blocks, SPAN);
+    for (int i = 0; Head::SPANS > 1 && i < blocks; i += 2) { // two blocks side by side, as far as there are two
+        const int n = min(2, blocks - i);
+        for (int span = 0; span < Head::SPANS; span++) {
+            const int bytes = span < Head::SPANS - 1 ? SPAN : LAST;
+            feed(src + (u64)i * Head::BLOCK_BYTES + span * SPAN, Head::BLOCK_BYTES, bytes, n, bytes);
+        }
+    }
+}
+
+// Bring UNITS units of my pairs of rows, SPAN at a time.
+static __device__ __forceinline__ void feed_columns(const unsigned char *src, int units, int span)
+{
+    Set set = {0, 0};
+    #pragma unroll 1
+    for (int i = 0; units && i < SETS; i++) {
+        set = set_of(my_rank(), set.first + set.pairs);
+        const int bytes = span * set.pairs * 1024, n = (units + span - 1) / span;
+        feed(src, bytes, bytes, n, (units - (n - 1) * span) * set.pairs * 1024);
+        src += units * set.pairs * 1024;
+    }
+}
+
+// My tiles of the cache of each of the group's heads.  The rows before this token are there: a whole
+// token's chunks, more than the ring has, went through it since the last one was written.
+static __device__ __forceinline__ void feed_kv(const Share &mine, int layer)
+{
+    const int tiles = my_tiles(S->args.pos + S->fed);
+    #pragma unroll 1
+    for (int head = 0; head < mine.heads; head++)
+        feed((const unsigned char *)(S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD
+                                     + (u64)my_rank() * KV_TILE_ELEMS),
+             GROUP * KV_TILE_ELEMS * 2, KV_TILE_ELEMS * 2, tiles, KV_TILE_ELEMS * 2);
+}
+
+static __device__ __noinline__ void feed_layer(int layer)
+{
+    const Share mine = share_of(my_group());
+    const unsigned char *src = my_layer(mine, layer);
+    feed_rows(src, Qkv::mine());
+    feed_kv(mine, layer);
+    feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS);
+    feed_rows(src + mine.mlp, Mlp::mine());
+    feed_columns(src + mine.down, mine.units, Down::SPAN_UNITS);
 }
 
 // The host's word, off the critical path: next_token passes it on.
@@ -62,7 +126,6 @@ static __device__ __noinline__ void look_for_cancel()
 {
     if (blockIdx.x == 0 && threadIdx.x % 32 == 0)
         store_flag(&S->canceled, load_system(S->args.cancel));
-    __syncwarp();
 }
 
 // Nothing may arrive after the CTA has gone.
@@ -75,22 +138,16 @@ static __device__ __noinline__ void drain()
 static __device__ __forceinline__ void produce()
 {
     do {
-t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 1, {|        t_note({|layer t_2d(LAYER)|})
-        feed<Qkv>(PLAN_AT(LAYER, QKV));
-        feed<O>(PLAN_AT(LAYER, O));
-        feed<Mlp>(PLAN_AT(LAYER, MLP));
-        feed<Down>(PLAN_AT(LAYER, DOWN));
-|})|}, {|        #pragma unroll 1
-        for (int layer = 0; layer < L; layer++) {
-            feed<Qkv>(layer * LAYER_BYTES + QKV_OFFSET);
-            feed<O>(layer * LAYER_BYTES + O_OFFSET);
-            feed<Mlp>(layer * LAYER_BYTES + MLP_OFFSET);
-            feed<Down>(layer * LAYER_BYTES + DOWN_OFFSET);
-        }
-|})m4_dnl
+        #pragma unroll 1
+        for (int layer = 0; layer < L; layer++)
+            feed_layer(layer);
         look_for_cancel();
-        feed<Head>(HEAD_OFFSET);
-    } while (S->filled < S->args.n * token_chunks() && __shfl_sync(~0u, !load_flag(&S->done), 0));
+        feed_rows(my_stream(), Head::mine());
+        sync_producer();
+        if (threadIdx.x % 32 == 0)
+            S->fed++;
+        sync_producer();
+    } while (S->fed < S->args.n && !of_lane0(load_flag(&S->done)));
     drain();
 }
 
@@ -104,35 +161,32 @@ static __device__ __noinline__ void planted_hang()
 |})m4_dnl
 t_section({|Decode: one token|})
 
-// All layers for the token whose embedding is in resid and whose norm is in x; x is then
+// All layers for the token whose embedding is in resid and whose norm is in x[1]; x[1] is then
 // what the head multiplies.  Numbers: the layer, then offsets into args.vec and args.kv.
 static __device__ __forceinline__ void layers()
 {
 t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 1, {|
     t_note({|layer t_2d(LAYER)|})
-    qkv(LAYER{||}t_if(MODEL_QKV_BIAS, {|, PLAN_VEC_AT(LAYER, BIAS)|}));
+    rows(QKV_ROWS, LAYER, PLAN_VEC_AT(LAYER, BIAS));
     attn(LAYER, PLAN_KV_AT(LAYER), PLAN_VEC_AT(LAYER, START));
-    attn_merge(LAYER);
-    attn_out(LAYER);
+    columns(0, LAYER);
 t_if(PLAN_FAULT == 1 && LAYER == 0, {|    planted_hang();
 |})m4_dnl
-    add_norm(LAYER, HOP_O, AT_O, PLAN_VEC_AT(LAYER, MLP_NORM));
-    mlp(LAYER);
-    mlp_down(LAYER);
-    add_norm(LAYER, HOP_DOWN, AT_DOWN, PLAN_VEC_AT(LAYER, NEXT_NORM));
+    add_norm(LAYER, 0, PLAN_VEC_AT(LAYER, MLP_NORM));
+    rows(MLP_ROWS, LAYER, 0);
+    columns(1, LAYER);
+    add_norm(LAYER, 1, PLAN_VEC_AT(LAYER, NEXT_NORM));
 |})|}, {|    #pragma unroll 1
     for (int layer = 0; layer < L; layer++) {
-        qkv(layer{||}t_if(MODEL_QKV_BIAS, {|, layer * VEC_LAYER + VEC_BIAS|}));
+        rows(QKV_ROWS, layer, layer * VEC_LAYER + VEC_BIAS);
         attn(layer, layer * KV_LAYER, layer * VEC_LAYER);
-        attn_merge(layer);
-        attn_out(layer);
+        columns(0, layer);
 t_if(PLAN_FAULT == 1, {|        planted_hang();
 |})m4_dnl
-        add_norm(layer, HOP_O, AT_O, layer * VEC_LAYER + VEC_MLP_NORM);
-        mlp(layer);
-        mlp_down(layer);
-        add_norm(layer, HOP_DOWN, AT_DOWN,
-                 layer + 1 < L ? (layer + 1) * VEC_LAYER + VEC_ATTN_NORM : VEC_NORM);
+        add_norm(layer, 0, layer * VEC_LAYER + VEC_MLP_NORM);
+        rows(MLP_ROWS, layer, 0);
+        columns(1, layer);
+        add_norm(layer, 1, layer + 1 < L ? (layer + 1) * VEC_LAYER + VEC_ATTN_NORM : VEC_NORM);
     }
 |})m4_dnl
 }
@@ -151,7 +205,7 @@ static __device__ __forceinline__ bool is_stop(int id)
 // The token at work gives the next one: true when there is one more to run.
 static __device__ __noinline__ bool next_token()
 {
-    Best best = head();
+    Best best = rows(HEAD_ROWS, L, 0);
     best.canceled = blockIdx.x == 0 && threadIdx.x == 0 ? load_flag(&S->canceled) : 0;
     if (S->args.temperature > 0.0f)
         sample(best);
@@ -169,7 +223,7 @@ static __device__ __noinline__ bool next_token()
             store_flag(&S->done, 1);
         S->index = i;
     }
-    consumer_barrier();
+    consumer_barrier();t_lap(NEXT)
     return !load_flag(&S->done);
 }
 
@@ -177,12 +231,34 @@ static __device__ __forceinline__ void start(const mk_args &args)
 {
     if (threadIdx.x == 0) {
         S->args = args;
-        S->hold = S->done = S->canceled = S->filled = S->landed = S->index = 0;
+        S->hold = S->done = S->canceled = S->filled = S->landed = S->fed = S->index = 0;
+t_if(PLAN_TIMING, {|        for (int i = 0; i < LAPS; i++)
+            S->laps[i][0] = S->laps[i][1] = 0;
+        S->waited = 0;
+        S->lap = clock_cycles();
+|})m4_dnl
+        for (int i = 0; i < WARPS; i++)
+            S->chunk[i] = 0;
         for (int i = 0; i < STAGES; i++)
             gate_init(&S->full[i], &S->free[i]);
         gate_init_done();
+t_if(PLAN_CLUSTER > 1, {|        for (int i = 0; i < LANDINGS; i++)
+            mbarrier_init(&S->arrived[i], 1);
+        fence_mbarrier_init();
+|})m4_dnl
     }
+    for (int i = threadIdx.x; i < MOST_HEADS * 2 * E * 8; i += blockDim.x)
+        S->now[0][0][i] = 0;
+t_if(MODEL_D % 32, {|    for (int i = D + threadIdx.x; i < X_COLS; i += blockDim.x) // behind the last column
+        t_x(0)[i] = t_x(1)[i] = 0;
+|})m4_dnl
+t_if(MODEL_D % 16, {|    for (int i = threadIdx.x; i < PLAN_RANK_PAIRS * 16; i += blockDim.x) // behind the last row
+        S->resid[i] = 0.0f;
+|})m4_dnl
     __syncthreads();
+t_if(PLAN_CLUSTER > 1, {|    cluster_arrive(); // before others push to what they find here
+    cluster_wait();
+|})m4_dnl
 }
 
 // Run up to args.n tokens from args.token at position args.pos on, feeding each token back; or
@@ -193,12 +269,17 @@ mk_decode(const __grid_constant__ mk_args args)
 {
     start(args);
     if (threadIdx.x >= THREADS) {
-        produce();
+        if (is_producer())
+            produce();
     } else {
         do {
-            embed(VEC_ATTN_NORM);
+            embed(VEC_ATTN_NORM);t_lap(EMBED)
             layers();
         } while (next_token());
+t_if(PLAN_TIMING, {|        if (threadIdx.x == 0)
+            for (int i = 0; i < LAPS * 2; i++)
+                S->args.laps[blockIdx.x * LAPS * 2 + i] += S->laps[i / 2][i % 2];
+|})m4_dnl
     }
 }
 

@@ -1,171 +1,196 @@
 t_section({|Matrix x vector, from the ring|})
 
-// x lies in S->scratch as half pairs, so that lane t < 4 reads its part of a unit's 32 columns,
-// columns 2t, 2t+1 of each of the 4 tiles, with one 16-byte load.
-static __device__ __forceinline__ void store_x(int pair, u32 value)
-{
-    ((u32 *)S->scratch)[pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4] = value;
-}
-
-// Zeros behind column COLS, up to the end of its unit.
-static __device__ __forceinline__ void pad_x(int cols)
-{
-    const int pair = cols / 2 + threadIdx.x;
-    if (pair < (cols + 31) / 32 * 16)
-        store_x(pair, 0);
-}
-
-static __device__ __forceinline__ void wait_landed(u32 chunk)
+// Wait for the chunks before chunk END.
+static __device__ __forceinline__ void wait_landed(u32 end)
 {
     Watch watch;
-    while (!gate_await_landed(&S->full[chunk % STAGES], chunk / STAGES))
-        watch.poll(S->args.fault, AT_RING, chunk, load_flag(&S->landed));
+t_if(PLAN_TIMING, {|    const u64 begin = clock_cycles();
+|})m4_dnl
+    for (u32 landed; (int)((landed = read_flag(&S->landed)) - end) < 0;)
+        watch.poll(S->args.fault, AT_RING, end, landed);
+t_if(PLAN_TIMING, {|    if (threadIdx.x == 0)
+        S->waited += clock_cycles() - begin;
+|})m4_dnl
 }
 
-// Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two
-// blocks, or one of them twice; every column of the right one is x, and the first result is
-// used.  Each warp takes every WARPS-th unit and writes its sums to PART[row][warp].  Returns
-// the next chunk.
-template <class P, int N>
-static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, float (*part)[WARPS])
+// This warp has read N chunks.
+static __device__ __forceinline__ void release_chunks(u32 chunk, int n)
 {
-    static_assert(N == 1 || P::SPANS == 1, "the ring may not hold so many chunks");
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int my_half = N == 2 ? lane / 8 % 2 : 0; // whose rows this lane gives to ldmatrix
-    float sum[4][4] = {}; // chains of independent sums
-    #pragma unroll
-    for (int span = 0; span < P::SPANS; span++, chunk += N) {
-        const int units = min(P::SPAN_UNITS, P::UNITS - span * P::SPAN_UNITS);
-        const unsigned char *x_at = S->scratch + (span * P::SPAN_UNITS + warp) * 64 + lane % 4 * 16;
-        const u32 w_at = shared_address(S->ring[(chunk + my_half) % STAGES])
-                       + warp * 512 + lane / 16 * 128 + lane % 8 * 16;
-        #pragma unroll
-        for (int b = 0; b < N; b++)
-            wait_landed(chunk + b);
-        #pragma unroll
-        for (int i = 0; i < (units + WARPS - 1) / WARPS; i++) {
-            if ((i + 1) * WARPS <= units || i * WARPS + warp < units) {
-                const uint4 x = *(const uint4 *)(x_at + i * WARPS * 64);
-                u32 w[2][4]; // columns 0-15 and 16-31
-                ldmatrix(w[0], w_at + i * WARPS * 512);
-                ldmatrix(w[1], w_at + i * WARPS * 512 + 256);
-                mma(sum[i % 2 * 2], w[0][0], w[0][1], w[0][2], w[0][3], x.x, x.y);
-                mma(sum[i % 2 * 2 + 1], w[1][0], w[1][1], w[1][2], w[1][3], x.z, x.w);
-            }
-        }
-        __syncwarp();
-        if (lane < N)
-            gate_release(&S->free[(chunk + lane) % STAGES]);
+    __syncwarp();
+    if ((int)threadIdx.x % 32 < n)
+        gate_release(&S->free[(chunk + threadIdx.x % 32) % STAGES]);
+}
+
+// Each warp takes every chunk, whether it reads it or not, and goes on from where it was.
+static __device__ __forceinline__ u32 my_chunk() { return S->chunk[threadIdx.x / 32]; }
+static __device__ __forceinline__ void take_chunks(u32 next)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        S->chunk[threadIdx.x / 32] = next;
+    __syncwarp();
+}
+
+// Lane t < 4 has the 8 columns of a unit of x from 8 t on: two of each tile.
+static __device__ __forceinline__ uint4 load_x(const half *x, int unit)
+{
+    return *(const uint4 *)(x + unit * 32 + threadIdx.x % 4 * 8);
+}
+
+// 16 rows x 32 columns of weights, as the left operand of two mma.
+struct Unit {
+    u32 w[2][4];
+
+    // The lane reads from address AT on.
+    __device__ __forceinline__ void load(u32 at)
+    {
+        ldmatrix(w[0], at);
+        ldmatrix(w[1], at + 256);
     }
+    // SUM += the rows times x; every column of the right operand is x, and the first result is used.
+    __device__ __forceinline__ void multiply(float (&sum)[2][4], const uint4 &x) const
+    {
+        mma(sum[0], w[0][0], w[0][1], w[0][2], w[0][3], x.x, x.y);
+        mma(sum[1], w[1][0], w[1][1], w[1][2], w[1][3], x.z, x.w);
+    }
+};
+
+t_section({|Matrices that are split by rows: all warps share a block's columns|})
+
+typedef Head Rows; // q, k, v, the MLP and the head all have D columns
+static_assert(Rows::UNITS == Qkv::UNITS && Rows::UNITS == Mlp::UNITS && Rows::SPANS == Qkv::SPANS && Rows::SPANS == Mlp::SPANS, "columns");
+
+// This warp's units of x: every WARPS-th.
+template <int UNITS>
+struct Warp_x {
+    static constexpr int MINE = (UNITS + WARPS - 1) / WARPS;
+    uint4 unit[MINE];
+
+    __device__ __forceinline__ void load(const half *x)
+    {
+        #pragma unroll
+        for (int i = 0; i < MINE; i++)
+            unit[i] = load_x(x, min(i * WARPS + (int)threadIdx.x / 32, UNITS - 1));
+    }
+};
+
+// SUM += this warp's units of pairs of blocks: the first pair in chunks CHUNK and CHUNK + 1, and so on; with HALF
+// there is one block, taken twice.  When they have been read, READY(x) sees to it that x is there.
+template <int UNITS, int PAIRS_AT_ONCE, bool HALF, class Ready>
+static __device__ __forceinline__ void multiply_chunks(float (&sum)[PAIRS_AT_ONCE][2][4], u32 chunk, Warp_x<UNITS> &x, Ready ready)
+{
+    constexpr int MINE = Warp_x<UNITS>::MINE;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 at = warp * 512 + lane / 16 * 128 + lane % 8 * 16;
+    Unit unit[PAIRS_AT_ONCE][MINE];
+    wait_landed(chunk + (HALF ? 1 : PAIRS_AT_ONCE * 2));
+    #pragma unroll
+    for (int p = 0; p < PAIRS_AT_ONCE; p++) {
+        const u32 from = shared_address(S->ring[(chunk + p * 2 + (HALF ? 0 : lane / 8 % 2)) % STAGES]) + at;
+        #pragma unroll
+        for (int i = 0; i < MINE; i++) // a warp that has no unit i reads its last one again
+            unit[p][i].load(from + ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS ? i : max(i - 1, 0)) * WARPS * 512);
+    }
+    ready(x);
+    #pragma unroll
+    for (int i = 0; i < MINE; i++)
+        if ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS)
+            #pragma unroll
+            for (int p = 0; p < PAIRS_AT_ONCE; p++)
+                unit[p][i].multiply(sum[p], x.unit[i]);
+    release_chunks(chunk, HALF ? 1 : PAIRS_AT_ONCE * 2);
+}
+
+// This warp's sums of a pair, to PART[warp][row].
+template <int BLOCKS>
+static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], float *part)
+{
+    const int lane = threadIdx.x % 32;
     if (lane % 4 == 0) {
         #pragma unroll
-        for (int b = 0; b < N; b++)
-            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2])
-                                         + (sum[2][b * 2] + sum[3][b * 2]);
+        for (int b = 0; b < BLOCKS; b++)
+            part[threadIdx.x / 32 * (ROUND * 8) + b * 8 + lane / 4] = sum[0][b * 2] + sum[1][b * 2];
     }
+}
+
+// Multiply the next N blocks, whose columns are one chunk each, by x.
+template <int N, class Ready>
+static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Warp_x<Rows::UNITS> &x, float *part, Ready ready)
+{
+    constexpr int PAIRS_AT_ONCE = (N + 1) / 2;
+    float sum[PAIRS_AT_ONCE][2][4] = {};
+    multiply_chunks<Rows::UNITS, PAIRS_AT_ONCE, N == 1>(sum, chunk, x, ready);
+    #pragma unroll
+    for (int p = 0; p < PAIRS_AT_ONCE; p++)
+        leave_sums<N == 1 ? 1 : 2>(sum[p], part + p * 16);
+    return chunk + N;
+}
+
+// Multiply the next N blocks (1 or 2), whose columns are several chunks, side by side, by x.
+template <int N>
+static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half *x, float *part)
+{
+    constexpr int LAST = Rows::UNITS - (Rows::SPANS - 1) * Rows::SPAN_UNITS; // units of the last chunk
+    float sum[1][2][4] = {};
+    #pragma unroll
+    for (int span = 0; span < Rows::SPANS - 1; span++, chunk += N) {
+        Warp_x<Rows::SPAN_UNITS> some;
+        multiply_chunks<Rows::SPAN_UNITS, 1, N == 1>(sum, chunk, some, [&](Warp_x<Rows::SPAN_UNITS> &to) {
+            to.load(x + span * Rows::SPAN_UNITS * 32);
+        });
+    }
+    Warp_x<LAST> rest;
+    multiply_chunks<LAST, 1, N == 1>(sum, chunk, rest, [&](Warp_x<LAST> &to) {
+        to.load(x + (Rows::SPANS - 1) * Rows::SPAN_UNITS * 32);
+    });
+    leave_sums<N>(sum[0], part);
+    return chunk + N;
+}
+
+// Multiply N blocks by x, from chunk CHUNK on; sums go to PART[warp][row].  The first weights are read before AWAIT
+// brings x, unless IS_READY says that it is there.  Returns the next chunk.
+template <class Await>
+static __device__ __forceinline__ u32 multiply_round(u32 chunk, const half *x, int n, float *part, bool is_ready, Await await)
+{
+    constexpr bool EARLY = t_if(PLAN_CLUSTER > 1, {|STAGES >= 8 && Rows::SPANS == 1|}, false);
+    if (!is_ready && (!EARLY || n < 4)) {
+        await();
+        is_ready = true;
+    }
+    if (Rows::SPANS > 1) {
+        #pragma unroll 1
+        for (int i = 0; i + 2 <= n; i += 2)
+            chunk = multiply_long_blocks<2>(chunk, x, part + i * 8);
+        return n % 2 ? multiply_long_blocks<1>(chunk, x, part + (n - 1) * 8) : chunk;
+    }
+    Warp_x<Rows::UNITS> mine;
+    const auto nothing = [](Warp_x<Rows::UNITS> &) {};
+    int i = 0;
+    if (is_ready)
+        mine.load(x);
+    #pragma unroll 1
+    for (; STAGES >= 8 && i + 4 <= n; i += 4)
+        chunk = multiply_blocks<4>(chunk, mine, part + i * 8, [&](Warp_x<Rows::UNITS> &to) {
+            if (!EARLY || is_ready)
+                return;
+            await();
+            to.load(x);
+            is_ready = true;
+        });
+    #pragma unroll 1
+    for (; i + 2 <= n; i += 2)
+        chunk = multiply_blocks<2>(chunk, mine, part + i * 8, nothing);
+    if (i < n)
+        chunk = multiply_blocks<1>(chunk, mine, part + i * 8, nothing);
     return chunk;
 }
 
-// Blocks of phase P that CTA blockIdx.x has.
-template <class P>
-static __device__ __forceinline__ int my_blocks()
-{
-    constexpr int DEALT = P::BLOCKS / P::STEP;
-    return (DEALT / CTAS + ((int)blockIdx.x < DEALT % CTAS)) * P::STEP;
-}
-
-// Which block of the phase my block LOCAL is.
-template <class P>
-static __device__ __forceinline__ int my_block(int local)
-{
-    return (local / P::STEP * CTAS + blockIdx.x) * P::STEP + local % P::STEP;
-}
-
-// Chunks of this CTA: of phase P, of a layer, of a token.
-template <class P>
-static __device__ __forceinline__ u32 phase_chunks() { return my_blocks<P>() * P::SPANS; }
-
-static __device__ __forceinline__ u32 layer_chunks()
-{
-    return phase_chunks<Qkv>() + phase_chunks<O>() + phase_chunks<Mlp>() + phase_chunks<Down>();
-}
-
-static __device__ __forceinline__ u32 token_chunks() { return L * layer_chunks() + phase_chunks<Head>(); }
-
-// The first chunk of LAYER of the token at work; LAYER = L: of the head.
-static __device__ __forceinline__ u32 layer_chunk(int layer)
-{
-    return S->index * token_chunks() + layer * layer_chunks();
-}
-
-// Tags: TOKEN_TAGS of a token, the layers' and then the sampler's.
-constexpr u32 TOKEN_TAGS = PLAN_TOKEN_TAGS;
-static __device__ __forceinline__ u32 layer_tag(int layer)
-{
-    return S->args.epoch + S->index * TOKEN_TAGS + layer;
-}
-
-static __device__ __forceinline__ float row_total(const float (*part)[WARPS], int row)
+static __device__ __forceinline__ float row_total(const float *part, int row)
 {
     float total = 0.0f;
     #pragma unroll
     for (int i = 0; i < WARPS; i++)
-        total += part[row][i];
+        total += part[i * (ROUND * 8) + row];
     return total;
-}
-
-// Multiply all my blocks of phase P by x, in rounds; after each, FINISH(first block, blocks,
-// part) is called by all consumer threads.
-template <class P, class Finish>
-static __device__ __forceinline__ void multiply(u32 chunk, Finish finish)
-{
-    consumer_barrier(); // x is there
-    const int blocks = my_blocks<P>();
-    #pragma unroll 1
-    for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
-        const int n = min(ROUND, blocks - first);
-        constexpr int AT_ONCE = P::SPANS == 1 ? 2 : 1;
-        int i = 0;
-        #pragma unroll 1
-        for (; i + AT_ONCE <= n; i += AT_ONCE)
-            chunk = multiply_blocks<P, AT_ONCE>(chunk, S->part[side] + i * 8);
-        if (i < n)
-            chunk = multiply_blocks<P, 1>(chunk, S->part[side] + i * 8);
-        consumer_barrier();
-        finish(first, n, S->part[side]);
-    }
-}
-
-// x = the N values of HOP.
-template <int N>
-static __device__ __forceinline__ void await_x(const Word *hop, u32 tag, u32 stage)
-{
-    half *x = (half *)S->scratch;
-    const auto at = [&](int word) { return hop + word; };
-    await_words<N / 8 * 3>(tag, stage, at, [&](int word, const Word &got) {
-        #pragma unroll
-        for (int i = 0; i < 3; i++) {
-            if (i < word_count(word)) {
-                const int e = word_first(word) + i, pair = e / 2;
-                const int place = pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4; // as store_x
-                x[place * 2 + e % 2] = to_half(word_value(got, i));
-            }
-        }
-    });
-    pad_x(N);
-}
-
-// Multiply phase P by x and send its rows, times SCALE, to HOP.
-template <class P>
-static __device__ __forceinline__ void multiply_send(u32 chunk, int hop, u32 tag, float scale = 1.0f)
-{
-    multiply<P>(chunk, [&](int first, int n, const float (*part)[WARPS]) {
-        const int row = threadIdx.x, warp = threadIdx.x / 32;
-        if (warp * 4 < n) {
-            const float value = row < n * 8 ? row_total(part, row) * scale : 0.0f;
-            send_blocks(S->args.exchange + hop, tag, n - warp * 4, value,
-                        [&](int b) { return my_block<P>(first + warp * 4 + b); });
-        }
-    });
 }
 

@@ -43,17 +43,15 @@ static __device__ __noinline__ void grid_best(Best best, u32 tag)
     block_best(best);
     if (threadIdx.x == 0) {
         best = best_found();
-        fence_gpu(); // this CTA's cache rows before the word that lets others read them
         store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id,
                    best.canceled, tag);
     }
     best = {-infinity(), V, 0};
-    await_words<CTAS>(tag, AT_BEST, [&](int word) { return S->args.exchange + HOP_BEST + word; },
+    await_words<CTAS>(CTAS, tag, AT_BEST, [&](int word) { return S->args.exchange + HOP_BEST + word; },
                       [&](int, const Word &got) {
                           best = better(best, {word_value(got, 0), (int)got.v[1], got.v[2]});
                       });
     block_best(best);
-    fence_gpu();
 }
 
 static __device__ __forceinline__ float *token_logits()
@@ -61,32 +59,160 @@ static __device__ __forceinline__ float *token_logits()
     return S->args.logits + S->index * S->args.logits_stride;
 }
 
-// logits = x W; returns this thread's best.  Rows past V are padding.
-static __device__ __noinline__ Best head()
+// The id of this CTA's row ROW of the head.
+static __device__ __forceinline__ int logit_id(int row) { return (row / 8 * CTAS + (int)blockIdx.x) * 8 + row % 8; }
+
+// Logits of blocks FIRST .. FIRST + N - 1 of this CTA; MINE: this thread's best.  Rows past V are padding.
+static __device__ __forceinline__ void finish_head(int first, int n, const float *part, float factor, Best &mine)
 {
-    float *logits = token_logits();
-    Best mine = {-infinity(), V, 0};
-    multiply<Head>(layer_chunk(L), [&](int first, int n, const float (*part)[WARPS]) {
-        const int id = my_block<Head>(first + threadIdx.x / 8) * 8 + threadIdx.x % 8;
-        if (threadIdx.x < n * 8 && id < V) {
-            const float value = row_total(part, threadIdx.x);
-            logits[id] = value;
-            mine = better(mine, {value, id, 0});
+    const int id = logit_id(first * 8 + threadIdx.x);
+    if (threadIdx.x < n * 8 && id < V) {
+        const float value = row_total(part, threadIdx.x) * factor;
+        token_logits()[id] = value;
+        mine = better(mine, {value, id, 0});
+    }
+}
+
+t_section({|Stages of matrices that are split by rows|})
+
+enum { QKV_ROWS, MLP_ROWS, HEAD_ROWS };
+
+// Multiply all my blocks of WHAT by x, in rounds, and send what they give.  BIAS: where it begins in args.vec.  Returns
+// this thread's best logit.
+static __device__ __noinline__ Best rows(int what, int layer, int bias)
+{
+    const int which = what != MLP_ROWS; // x
+    const int blocks = what == QKV_ROWS ? Qkv::mine() : what == MLP_ROWS ? Mlp::mine() : Head::mine();
+    Best best = {-infinity(), V, 0};
+    bool is_ready = which && !layer; // the embedding's
+    float inverse;
+    const auto await = [&] {
+        await_x(which, layer - which);
+        inverse = inverse_rms(which);
+    };
+    if (is_ready)
+        inverse = inverse_rms(which);
+    else if (!blocks) // who sends what comes next has waited for x of all ranks
+        await();
+    u32 chunk = my_chunk();
+    #pragma unroll 1
+    for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
+        const int n = min(ROUND, blocks - first);
+        float *part = S->part_sums[side][0];
+        chunk = multiply_round(chunk, t_x(which), n, part, is_ready, await);
+        is_ready = true;
+        consumer_barrier();
+        const float factor = x_factor(which, inverse);
+        if (what == QKV_ROWS)
+            finish_qkv(layer, bias, first, n, part, factor);
+        else if (what == MLP_ROWS)
+            finish_mlp(layer, first, n, part, factor);
+        else
+            finish_head(first, n, part, factor, best);
+    }
+    take_chunks(chunk);
+t_if(PLAN_TIMING, {|    lap(what == QKV_ROWS ? LAP_QKV : what == MLP_ROWS ? LAP_MLP : LAP_HEAD);
+|})m4_dnl
+    return best;
+}
+
+t_section({|Matrices that are split by columns: each warp has its own rows|})
+
+// To the same rank in all groups: this group's part of a pair of D rows, which lanes 4 r have, rows r
+// and r + 8.
+static __device__ __forceinline__ void send_pair(Word *hop, int pair, u32 tag, const float (&sum)[2])
+{
+    const int word = threadIdx.x % 32 % 6; // three rows
+    float v[3];
+    #pragma unroll
+    for (int i = 0; i < 3; i++) {
+        const int from = (word % 3 * 3 + i & 7) * 4;
+        const float a = __shfl_sync(~0u, sum[0], from), b = __shfl_sync(~0u, sum[1], from);
+        v[i] = word < 3 ? a : b;
+    }
+    if (threadIdx.x % 32 < 6)
+        store_word(hop + (pair * GROUPS + my_group()) * 6 + word, __float_as_uint(v[0]), __float_as_uint(v[1]),
+                   __float_as_uint(v[2]), tag);
+}
+
+// What O (WHICH 0) or DOWN multiplies: attention's output in S->y, or the MLP product in S->act.
+static __device__ __forceinline__ void await_columns(int which, int layer, int units)
+{
+    if (which)
+        await_product(layer, units);
+    else
+        attn_merge(layer);
+}
+
+// Multiply my rows of O (WHICH 0) or DOWN (1) by what this group has of their columns, and send the sums.  The first
+// weights are read before x is awaited.
+static __device__ __noinline__ void columns(int which, int layer)
+{
+    constexpr bool EARLY = PLAN_CLUSTER > 1; // elsewhere registers are too few
+    constexpr int SPAN = O::SPAN_UNITS > Down::SPAN_UNITS ? O::SPAN_UNITS : Down::SPAN_UNITS;
+    constexpr int FIT = STAGES < 8 ? 2 : 4, CHUNKS = FIT * SPAN <= 8 ? FIT : SPAN <= 4 ? 2 : 1; // at once
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = my_rank();
+    const int span = which ? Down::SPAN_UNITS : O::SPAN_UNITS;
+    const Share mine = share_of(my_group());
+    const int units = which ? mine.units : mine.heads * O::HEAD_UNITS;
+    const half *x = which ? S->act : S->y;
+    const u32 tag = layer_tag(layer);
+    bool is_ready = false;
+    u32 chunk = my_chunk();
+    Set set = {0, 0};
+    if (!units)
+        return;
+    if (!EARLY)
+        await_columns(which, layer, units);
+    #pragma unroll 1
+    for (int i = 0; i < SETS; i++) {
+        set = set_of(rank, set.first + set.pairs);
+        const u32 at = warp * 1024 + lane / 8 % 2 * 512 + lane / 16 * 128 + lane % 8 * 16;
+        float sum[2][2][4] = {}; // chains of independent sums
+        #pragma unroll 1
+        for (int from = 0; from < units; from += CHUNKS * span) {
+            const int chunks = min(CHUNKS, (units - from + span - 1) / span);
+            Unit unit[CHUNKS][SPAN];
+            wait_landed(chunk + chunks);
+            #pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+                #pragma unroll
+                for (int u = 0; u < SPAN; u++) // what is not there is not multiplied
+                    unit[c][u].load(shared_address(S->ring[(chunk + min(c, chunks - 1)) % STAGES])
+                                    + (warp < set.pairs && u < span ? at + u * set.pairs * 1024 : 0));
+            if (EARLY && !is_ready)
+                await_columns(which, layer, units);
+            is_ready = true;
+            #pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+                #pragma unroll
+                for (int u = 0; u < SPAN; u++)
+                    if (u < span && from + c * span + u < units)
+                        unit[c][u].multiply(sum[u % 2], load_x(x, from + c * span + u));
+            release_chunks(chunk, chunks);
+            chunk += chunks;
         }
-    });
-    return mine;
+        if (warp < set.pairs) {
+            const float scale = which ? 1.0f / MLP_SCALE : 1.0f;
+            float rows[2];
+            #pragma unroll
+            for (int b = 0; b < 2; b++)
+                rows[b] = ((sum[0][0][b * 2] + sum[0][1][b * 2]) + (sum[1][0][b * 2] + sum[1][1][b * 2])) * scale;
+            send_pair(sums_buffer(which ? HOP_DOWN : HOP_O, tag), (set.first + warp) * GROUP + rank, tag, rows);
+        }
+    }
+    take_chunks(chunk);
+t_if(PLAN_TIMING, {|    lap(which ? LAP_DOWN : LAP_O);
+|})m4_dnl
 }
 
 // USE(id) for every logit of this CTA: each thread for its share.
 template <class Use>
 static __device__ __forceinline__ void my_logits(Use use)
 {
-    const int rows = my_blocks<Head>() * 8;
-    for (int row = threadIdx.x; row < rows; row += THREADS) {
-        const int id = my_block<Head>(row / 8) * 8 + row % 8;
-        if (id < V)
-            use(id);
-    }
+    for (int row = threadIdx.x; row < Head::mine() * 8; row += THREADS)
+        if (logit_id(row) < V)
+            use(logit_id(row));
 }
 
 // An order-preserving map from floats to integers.
@@ -150,7 +276,7 @@ static __device__ __noinline__ void count_digit(const float *logits, float top, 
         S->hist[threadIdx.x / 5][threadIdx.x % 5] = 0;
     consumer_barrier();
     const auto at = [&](int word) { return hop + word; };
-    await_words<CTAS * 16>(tag, AT_COUNT, at, [&](int word, const Word &got) {
+    await_words<CTAS * 16>(CTAS * 16, tag, AT_COUNT, at, [&](int word, const Word &got) {
         u32 *bin = S->hist[word % 16];
         atomicAdd(bin, got.v[0]);
         add_mass(bin, (u64)got.v[2] << 32 | got.v[1]);

@@ -1,14 +1,5 @@
 t_section({|Pack: a matrix into the streams|})
 
-// Where block BLOCK of a phase lies.  PHASE: where the phase begins in the first stream.
-template <class P, class Byte>
-static __device__ __forceinline__ Byte *block_at(Byte *phase, int block)
-{
-    const int dealt = block / P::STEP;
-    return phase + dealt % CTAS * CTA_BYTES
-         + (u64)(dealt / CTAS * P::STEP + block % P::STEP) * P::BLOCK_BYTES;
-}
-
 static __device__ __forceinline__ float fp16_value(u16 x)
 {
     const u32 magnitude = (u32)(x & 0x7fff) << 13, sign = (u32)(x & 0x8000) << 16;
@@ -39,30 +30,33 @@ static __device__ __forceinline__ float source_value(const mk_pack_args &args, u
     return ((const float *)args.src)[index];
 }
 
-// 8 columns of row ROW from column COL on; zeros outside the matrix.
-static __device__ __forceinline__ uint4 source_piece(const mk_pack_args &args, int row, int col)
+// What tile TILE has of row ROW; zeros outside the matrix.
+static __device__ __forceinline__ uint4 source_piece(const mk_pack_args &args, int row, int tile)
 {
-    float v[8];
+    u32 pair[4];
     #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        v[i] = 0.0f;
-        if (row < args.rows && col + i < args.cols)
-            v[i] = source_value(args, (u64)row * args.cols + col + i);
+    for (int i = 0; i < 4; i++) {
+        const int col = pair_column(tile, i);
+        const u64 at = (u64)row * args.cols + col;
+        const float a = row < args.rows && col < args.cols ? source_value(args, at) : 0.0f;
+        const float b = row < args.rows && col + 1 < args.cols ? source_value(args, at + 1) : 0.0f;
+        pair[i] = pack(a, b);
     }
-    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-// Threads take pieces of 16 bytes in the order in which a block has them: tile, then row.
+// Threads take pieces of 16 bytes in the order in which a unit has them: tile, then row.
 template <class P>
-static __device__ __forceinline__ void pack_phase(const mk_pack_args &args, u64 offset)
+static __device__ __forceinline__ void pack_phase(const mk_pack_args &args)
 {
     constexpr int PIECES = P::UNITS * 32; // of a block
     const int blocks = (args.rows + 7) / 8;
     #pragma unroll 1
     for (u64 i = blockIdx.x * blockDim.x + threadIdx.x; i < (u64)blocks * PIECES; i += gridDim.x * blockDim.x) {
         const int block = (int)(i / PIECES), piece = (int)(i % PIECES);
-        unsigned char *to = block_at<P>(args.stream + offset, args.block0 + block * args.block_step);
-        ((uint4 *)to)[piece] = source_piece(args, block * 8 + piece % 8, piece / 8 * 8);
+        unsigned char *to = args.stream + place(P::rows(args.layer, args.block0 + block * args.block_step),
+                                                P::columns(args.layer, piece / 32));
+        ((uint4 *)to)[piece % 32] = source_piece(args, block * 8 + piece % 8, piece / 8);
     }
 }
 
@@ -78,18 +72,17 @@ static __device__ __forceinline__ void pack_plain(const mk_pack_args &args)
 // Any grid and block.
 extern "C" __global__ void mk_pack(const __grid_constant__ mk_pack_args args)
 {
-    const u64 layer = args.layer * LAYER_BYTES;
     if (args.plain)
         pack_plain(args);
     else if (args.phase == 0)
-        pack_phase<Qkv>(args, layer + QKV_OFFSET);
+        pack_phase<Qkv>(args);
     else if (args.phase == 1)
-        pack_phase<O>(args, layer + O_OFFSET);
+        pack_phase<O>(args);
     else if (args.phase == 2)
-        pack_phase<Mlp>(args, layer + MLP_OFFSET);
+        pack_phase<Mlp>(args);
     else if (args.phase == 3)
-        pack_phase<Down>(args, layer + DOWN_OFFSET);
+        pack_phase<Down>(args);
     else
-        pack_phase<Head>(args, HEAD_OFFSET);
+        pack_phase<Head>(args);
 }
 

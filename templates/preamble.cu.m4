@@ -4,9 +4,9 @@ t_note({|Cost per token: PLAN_TOKEN_BYTES bytes of weights read, PLAN_HOPS hops,
 // Below: shapes, launch arguments, primitives, shared memory, hops, the stages of decode in
 // the order in which they run, decode, the pack kernel, and prefill.
 //
-// A block is 8 rows of a weight matrix; its tiles of 8 rows x 8 columns (128 bytes) follow each
-// other along the columns.  A unit is 4 tiles, what one ldmatrix.x4 reads.  Block b belongs
-// to CTA b % CTAS.
+// CTAs form groups of GROUP, and one of a group is known by its rank.  A group has some of the KV
+// heads and a slice of the MLP product, from q, k, v to the rows of O and DOWN that these make: partial
+// sums, which the CTAs of equal rank in all groups add up.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -24,50 +24,35 @@ constexpr int V = MODEL_V; // vocab_size
 constexpr int L = MODEL_L; // num_hidden_layers
 constexpr float EPS = MODEL_EPS; // rms_norm_eps
 constexpr int CONTEXT = PLAN_CONTEXT; // positions of the KV cache
+constexpr int RATIO = H / K; // query heads of a KV head
 
 t_section({|Choices of the plan|})
 
 constexpr int CTAS = PLAN_CTAS;
+constexpr int GROUP = PLAN_GROUP; // CTAs of a group
+constexpr int GROUPS = CTAS / GROUP;
 constexpr int WARPS = PLAN_WARPS; // that multiply; one more is the producer
 constexpr int THREADS = PLAN_THREADS; // of the consumer warps
-constexpr int STAGES = PLAN_STAGES; // of the weight ring
+constexpr int STAGES = PLAN_STAGES; // of the ring
 constexpr int STAGE_BYTES = PLAN_STAGE_BYTES;
 constexpr int INFLIGHT = PLAN_INFLIGHT; // chunks on their way at most
-constexpr int INFLIGHT_HOP = PLAN_INFLIGHT_HOP; // the same while a hop is awaited
+constexpr int INFLIGHT_HOP = PLAN_INFLIGHT_HOP; // the same while a hop through L2 is awaited
 constexpr int ROUND = PLAN_ROUND_BLOCKS; // blocks between two barriers
-constexpr int HEAD_GROUP = PLAN_HEAD_GROUP; // query heads of an attention task
-constexpr int GROUPS = PLAN_GROUPS; // tasks of a KV head and split
+constexpr int KV_TILE = PLAN_KV_TILE; // positions of a tile of the KV cache
 constexpr float SOFTMAX_SCALE = PLAN_SOFTMAX_SCALE; // log2(e) / sqrt(E): of exp2
 constexpr float MLP_SCALE = PLAN_MLP_SCALE; // of the MLP product, against fp16 overflow
-constexpr int KV_AHEAD = PLAN_KV_AHEAD; // rows of the cache that a lane reads ahead
-constexpr int SPLIT_MIN = PLAN_SPLIT_MIN; // positions that are worth another split
-constexpr int MAX_SPLITS = PLAN_MAX_SPLITS;
 constexpr u64 WATCHDOG_NS = 2000000000; // without progress, then trap
 
-// A phase is one matrix-vector product: four of a layer, and the head.
-template <int ROWS_, int UNITS_, int BLOCKS_, int STEP_, int SPANS_, int SPAN_UNITS_>
-struct Phase {
-    static constexpr int ROWS = ROWS_;
-    static constexpr int UNITS = UNITS_; // of a block: 32 columns each
-    static constexpr int BLOCKS = BLOCKS_;
-    static constexpr int STEP = STEP_; // blocks that stay together
-    static constexpr int SPANS = SPANS_; // chunks of a block
-    static constexpr int SPAN_UNITS = SPAN_UNITS_; // of a chunk; the last may have fewer
-    static constexpr int BLOCK_BYTES = UNITS_ * 512;
+// A group's share, and where its phases begin in a layer of its CTAs' streams, in bytes; q, k, v
+// are at 0.
+struct Share {
+    int head0, heads; // KV heads
+    int unit0, units; // of the MLP product, 32 each
+    int o, mlp, down, layer; // layer: all of it
 };
-typedef Phase<PLAN_QKV> Qkv; // q, k and v rows
-typedef Phase<PLAN_O> O; // attention output -> residual
-typedef Phase<PLAN_MLP> Mlp; // gate and up, their blocks in turn
-typedef Phase<PLAN_DOWN> Down; // MLP product -> residual
-typedef Phase<PLAN_HEAD> Head; // logits
-
-// Where a phase begins in a CTA's stream, from the start of its layer.
-constexpr int QKV_OFFSET = PLAN_QKV_OFFSET;
-constexpr int O_OFFSET = PLAN_O_OFFSET;
-constexpr int MLP_OFFSET = PLAN_MLP_OFFSET;
-constexpr int DOWN_OFFSET = PLAN_DOWN_OFFSET;
-constexpr u64 LAYER_BYTES = PLAN_LAYER_BYTES; // of one CTA
-constexpr u64 HEAD_OFFSET = PLAN_HEAD_OFFSET; // after the last layer
+constexpr int MOST_HEADS = PLAN_MOST_HEADS; // of any group
+constexpr int MOST_UNITS = PLAN_MOST_UNITS;
+constexpr u64 LAYERS_OFFSET = PLAN_LAYERS_OFFSET; // in a stream, behind the head
 constexpr u64 CTA_BYTES = PLAN_CTA_BYTES; // from one CTA's stream to the next
 
 // Norms and biases, in floats from the layer's start.
@@ -80,16 +65,15 @@ constexpr int VEC_LAYER = PLAN_VEC_LAYER;
 constexpr int VEC_NORM = PLAN_VEC_NORM; // the final norm, from the start
 
 constexpr u64 KV_LAYER = PLAN_KV_LAYER; // elements of a layer's cache
-constexpr u64 KV_HEAD = PLAN_KV_HEAD; // of a KV head's: keys, then values
-constexpr u64 KV_VALUE = PLAN_KV_VALUE; // from a head's keys to its values
+constexpr u64 KV_HEAD = PLAN_KV_HEAD; // of a KV head's
 
 // Hop buffers: first word.
-constexpr int HOP_QKV = PLAN_HOP_QKV; // q, k, v
-constexpr int HOP_PART = PLAN_HOP_PART; // attention of one split, not yet divided
-constexpr int HOP_SCALE = PLAN_HOP_SCALE; // its maximum and sum
-constexpr int HOP_ATTN = PLAN_HOP_ATTN; // attention, done
-constexpr int HOP_O = PLAN_HOP_O;
+t_if(PLAN_CLUSTER == 1, {|constexpr int HOP_QKV = PLAN_HOP_QKV; // inside a group: q, k, v
+constexpr int HOP_PART = PLAN_HOP_PART; // attention of one CTA's positions, its maximum and sum
 constexpr int HOP_MLP = PLAN_HOP_MLP;
+constexpr int HOP_X = PLAN_HOP_X; // x, behind O and behind DOWN
+|})m4_dnl
+constexpr int HOP_O = PLAN_HOP_O; // partial sums, for the same rank in all groups
 constexpr int HOP_DOWN = PLAN_HOP_DOWN;
 constexpr int HOP_BEST = PLAN_HOP_BEST; // a candidate of each CTA
 constexpr int HOP_COUNT = PLAN_HOP_COUNT; // sampler: 2 x [CTAS][16]
@@ -122,5 +106,8 @@ ABI_PACK_ARGS_CHECKS
 enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN, FAULT_CLAIM };
 
 // Stages, for the watchdog's report.
-enum { AT_RING = 1, AT_QKV, AT_PART, AT_ATTN, AT_O, AT_MLP, AT_DOWN, AT_BEST, AT_COUNT, AT_GRID };
-
+enum { AT_RING = 1, AT_QKV, AT_PART, AT_O, AT_MLP, AT_DOWN, AT_X, AT_BEST, AT_COUNT, AT_GRID };
+t_if(PLAN_TIMING, {|
+// Stages, for args.laps.
+enum { ABI_LAPS{||}LAPS };
+|})m4_dnl

@@ -17,7 +17,7 @@ static_assert(sizeof(Prefill_shared) <= PLAN_PREFILL_SMEM_BYTES, "the plan's sha
 t_shared({|Prefill_shared|}, {|G|})
 
 // Scratch, in bytes from its start.  Activations lie in blocks of 8 tokens, like weights in
-// blocks of 8 rows: tiles of 8 tokens x 8 columns (128 bytes), along the columns.
+// blocks of 8 rows: units along the columns, and the same columns in each of their 4 tiles.
 constexpr u64 PF_RESID = PLAN_PF_RESID; // float [T][D]: the residual stream
 constexpr u64 PF_X = PLAN_PF_X; // norms, in blocks; then q, half [T][H][E]
 constexpr u64 PF_Y = PF_X + (u64)PREFILL_TOKENS * PLAN_PF_X_COLS * 2; // attention; then MLP products
@@ -31,11 +31,12 @@ static __device__ __forceinline__ float *prefill_raw() { return (float *)(G->arg
 static __device__ __forceinline__ unsigned char *prefill_x() { return G->args.scratch + PF_X; }
 static __device__ __forceinline__ unsigned char *prefill_y() { return G->args.scratch + PF_Y; }
 
-// Where column COL of token TOKEN lies in activations of UNITS units.
+// Where columns COL, which is even, and COL + 1 of token TOKEN lie in activations of UNITS units.
 template <int UNITS>
 static __device__ __forceinline__ u32 activation_at(u32 token, u32 col)
 {
-    return (token / 8 * (UNITS * 4) + col / 8) * 128 + token % 8 * 16 + col % 8 * 2;
+    const u32 tile = token / 8 * (UNITS * 4) + col / 32 * 4 + col % 8 / 2; // see pair_column
+    return tile * 128 + token % 8 * 16 + col % 32 / 8 * 4;
 }
 
 // All writes of all CTAs before it are seen by all after it.  COUNT: arrivals that it waits for.
@@ -54,16 +55,31 @@ static __device__ __noinline__ void grid_barrier(u32 count)
 
 t_section({|Prefill: embedding and norms, a warp per token|})
 
+// What tile TILE of an activation has of a vector of D floats; zeros behind it.
+static __device__ __forceinline__ void load_tile(float2 (&pair)[4], const float *from, int tile)
+{
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int col = pair_column(tile, i);
+        pair[i] = make_float2(0.0f, 0.0f);
+        if (D % 32 == 0 || col < D)
+            pair[i] = *(const float2 *)(from + col);
+    }
+}
+
 // x = resid / rms * weight.
 static __device__ __forceinline__ void prefill_norm_row(int token, const float *weight)
 {
     const int lane = threadIdx.x % 32;
-    const float4 *row = (const float4 *)(prefill_resid() + (u64)token * D);
+    const float *row = prefill_resid() + (u64)token * D;
     float sum = 0.0f;
     #pragma unroll 4
-    for (int tile = lane; tile < D / 8; tile += 32) {
-        const float4 a = row[tile * 2], b = row[tile * 2 + 1];
-        sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+    for (int tile = lane; tile < Qkv::UNITS * 4; tile += 32) {
+        float2 r[4];
+        load_tile(r, row, tile);
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum += r[i].x * r[i].x + r[i].y * r[i].y;
     }
     #pragma unroll
     for (int i = 16; i; i /= 2)
@@ -71,16 +87,15 @@ static __device__ __forceinline__ void prefill_norm_row(int token, const float *
     const float scale = rsqrtf(sum * (1.0f / D) + EPS);
     #pragma unroll 4
     for (int tile = lane; tile < Qkv::UNITS * 4; tile += 32) {
-        uint4 x = make_uint4(0, 0, 0, 0); // behind column D
-        if (tile < D / 8) {
-            const float4 a = row[tile * 2], b = row[tile * 2 + 1];
-            const float4 u = ((const float4 *)weight)[tile * 2], v = ((const float4 *)weight)[tile * 2 + 1];
-            x.x = pack(a.x * scale * u.x, a.y * scale * u.y);
-            x.y = pack(a.z * scale * u.z, a.w * scale * u.w);
-            x.z = pack(b.x * scale * v.x, b.y * scale * v.y);
-            x.w = pack(b.z * scale * v.z, b.w * scale * v.w);
-        }
-        *late((uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8))) = x;
+        float2 r[4], w[4];
+        u32 x[4];
+        load_tile(r, row, tile);
+        load_tile(w, weight, tile);
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+            x[i] = pack(r[i].x * scale * w[i].x, r[i].y * scale * w[i].y);
+        *late((uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, pair_column(tile, 0))))
+            = make_uint4(x[0], x[1], x[2], x[3]);
     }
 }
 
@@ -100,14 +115,22 @@ static __device__ __noinline__ void prefill_embed()
     #pragma unroll 1
     for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS) {
         const int id = G->args.tokens[token];
-        float4 *row = (float4 *)(prefill_resid() + (u64)token * D);
+        float *row = prefill_resid() + (u64)token * D;
         #pragma unroll 4
-        for (int tile = lane; tile < D / 8; tile += 32) { // the lane that reads them in the norm
-t_if(MODEL_TIED, {|            // 8 columns of row id % 8 of the head's block id / 8
-            const uint4 q = *(const uint4 *)(block_at<Head>(G->args.stream + HEAD_OFFSET, id / 8)
-                                             + tile * 128 + id % 8 * 16);|}, {|            const uint4 q = ((const uint4 *)(G->args.embed + (u64)id * D))[tile];|})
-            *late(row + tile * 2) = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
-            *late(row + tile * 2 + 1) = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
+        for (int tile = lane; tile < Head::UNITS * 4; tile += 32) { // the lane that reads them in the norm
+t_if(MODEL_TIED, {|            // row id % 8 of the head's block id / 8
+            const uint4 q = *(const uint4 *)(G->args.stream + place(Head::rows(0, id / 8), Head::columns(0, tile / 4))
+                                             + tile % 4 * 128 + id % 8 * 16);
+            const u32 v[4] = {q.x, q.y, q.z, q.w};
+|})m4_dnl
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int col = pair_column(tile, i);
+                if (D % 32 == 0 || col < D) {
+t_if(MODEL_TIED, {|                    *late((float2 *)(row + col)) = make_float2(low(v[i]), high(v[i]));|}, {|                    const u32 v = *(const u32 *)(G->args.embed + (u64)id * D + col);
+                    *late((float2 *)(row + col)) = make_float2(low(v), high(v));|})
+                }
+            }
         }
         prefill_norm_row(token, G->args.vec + VEC_ATTN_NORM);
     }
@@ -154,37 +177,44 @@ static __device__ __forceinline__ int tile_count(int blocks)
 // What a thread copies of one tile: the same 16 bytes of every PASS-th block, stage after stage.
 template <class P, class T>
 struct Tile_source {
-    const unsigned char *x, *w[T::W_COPIES];
-    int piece, tokens, blocks; // 16 bytes of a block; how far the first is from the end
+    const unsigned char *x, *stream;
+    Block_place w[T::W_COPIES];
+    Unit_place columns; // of the next stage
+    int layer, piece, tokens, blocks; // 16 bytes of a block; how far the first is from the end
     u32 to; // of the first stage
 
-    __device__ __forceinline__ Tile_source(const unsigned char *from, const unsigned char *weights,
-                                           int token0, int block0)
+    __device__ __forceinline__ Tile_source(const unsigned char *from, int of_layer, int token0, int block0)
     {
         const int first = threadIdx.x / T::COLS;
+        layer = of_layer;
         piece = threadIdx.x % T::COLS;
         x = from + (token0 / 8 + first) * P::BLOCK_BYTES + piece * 16;
+        stream = G->args.stream + piece % 32 * 16;
         tokens = G->args.n - (token0 + first * 8 + piece % 8);
         blocks = P::BLOCKS - (block0 + first);
         #pragma unroll
         for (int i = 0; i < T::W_COPIES; i++)
-            w[i] = block_at<P>(weights, blocks > i * T::PASS ? block0 + first + i * T::PASS : 0) + piece * 16;
+            w[i] = P::rows(layer, blocks > i * T::PASS ? block0 + first + i * T::PASS : 0);
+        columns = P::columns(layer, piece / 32);
         to = shared_address(G->work) + threadIdx.x * 16;
     }
-    // Zeros for tokens, blocks and columns that do not exist.
+    // The next chunk; zeros for tokens, blocks and columns that do not exist.
     __device__ __forceinline__ void copy(int stage, int chunk)
     {
         const u32 at = to + stage * T::STAGE_BYTES;
-        const int from = chunk * (T::COLS * 16);
-        const bool inside = P::UNITS % T::UNITS == 0 || chunk * T::UNITS + piece / 32 < P::UNITS;
+        const int unit = chunk * T::UNITS + piece / 32;
+        const bool inside = P::UNITS % T::UNITS == 0 || unit < P::UNITS;
         #pragma unroll
         for (int i = 0; i < T::X_COPIES; i++)
-            copy16(at + i * (PREFILL_THREADS * 16), x + i * (T::PASS * P::BLOCK_BYTES) + from,
+            copy16(at + i * (PREFILL_THREADS * 16), x + i * (T::PASS * P::BLOCK_BYTES) + chunk * (T::COLS * 16),
                    inside && tokens > i * (T::PASS * 8) ? 16 : 0);
         #pragma unroll
         for (int i = 0; i < T::W_COPIES; i++)
-            copy16(at + T::X_BYTES + i * (PREFILL_THREADS * 16), w[i] + from,
+            copy16(at + T::X_BYTES + i * (PREFILL_THREADS * 16), stream + place(w[i], columns),
                    inside && blocks > i * T::PASS ? 16 : 0);
+        columns.nth += T::UNITS;
+        if (columns.nth >= columns.units) // in another group, or split by rows
+            columns = P::columns(layer, unit + T::UNITS);
     }
 };
 
@@ -252,12 +282,12 @@ static __device__ __forceinline__ void multiply_tile(float (&sum)[T::M16][T::N8]
     }
 }
 
-// Tiles of x W, dealt to CTAs in turn, for blocks FIRST .. LAST-1 of phase P.  WRITE(token, block,
+// Tiles of x W, dealt to CTAs in turn, for blocks FIRST .. LAST-1 of phase P of LAYER.  WRITE(token, block,
 // sums, READ(token, block)) takes the sums of P::STEP blocks as multiply_tile leaves them; TOKEN is
 // the lane's.
 template <class P, class T, class Read, class Write>
-static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, const unsigned char *weights,
-                                                      int first, int last, Read read, Write write)
+static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, int layer, int first, int last,
+                                                      Read read, Write write)
 {
     constexpr int PARTS = T::M16 * T::N8, STEP = P::STEP; // of a warp
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp % (T::WM * T::WN);
@@ -267,7 +297,7 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, co
     for (int tile = blockIdx.x; tile < tiles; tile += CTAS) {
         const int token0 = tile % token_tiles * T::TOKENS, block0 = first + tile / token_tiles * T::BLOCKS;
         const int token = token0 + wm * (T::M16 * 16) + lane / 4, block = block0 + wn * T::N8;
-        Tile_source<P, T> source(x, weights, token0, block0);
+        Tile_source<P, T> source(x, layer, token0, block0);
         float sum[T::M16][T::N8][4];
         multiply_tile<P, T>(sum, source);
         if (T::WK == 1) {
@@ -312,40 +342,39 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, co
     }
 }
 
-// With few tokens: bring the next phase, BYTES of this CTA's stream from place AT on, as near as L2.
-static __device__ __forceinline__ void read_ahead(u64 at, int bytes)
+// With few tokens: bring bytes FROM .. TO-1 of LAYER, in this CTA's stream, as near as L2.
+static __device__ __forceinline__ void read_ahead(int layer, const Share &mine, int from, int to)
 {
-    const unsigned char *from = G->args.stream + blockIdx.x * CTA_BYTES + at;
+    const unsigned char *at = G->args.stream + blockIdx.x * CTA_BYTES + LAYERS_OFFSET + (u64)layer * mine.layer;
     if (G->args.n <= FEW_TOKENS)
-        for (int i = threadIdx.x * 64; i < bytes; i += PREFILL_THREADS * 64)
-            prefetch_l2(from + i);
+        for (int i = from + threadIdx.x * 64; i < to; i += PREFILL_THREADS * 64)
+            prefetch_l2(at + i);
 }
 
-// x W, by the tile that suits the number of tokens; the phase begins at place AT of a stream.  A
-// round of middle tiles takes 7/20 of the time of a round of wide ones.
+// x W, by the tile that suits the number of tokens.  A round of middle tiles takes 7/20 of the time of a
+// round of wide ones.
 template <class P, class Read, class Write>
-static __device__ __forceinline__ void multiply_rows(const unsigned char *x, u64 at, int first, int last,
+static __device__ __forceinline__ void multiply_rows(const unsigned char *x, int layer, int first, int last,
                                                      Read read, Write write)
 {
-    const unsigned char *weights = G->args.stream + at;
     const int wide = (tile_count<Wide>(last - first) + CTAS - 1) / CTAS;
     const int middle = (tile_count<Middle>(last - first) + CTAS - 1) / CTAS;
     if (G->args.n <= Narrow<P>::TOKENS)
-        multiply_tiles<P, Narrow<P>>(x, weights, first, last, read, write);
+        multiply_tiles<P, Narrow<P>>(x, layer, first, last, read, write);
     else if (middle * 7 < wide * 20)
-        multiply_tiles<P, Middle>(x, weights, first, last, read, write);
+        multiply_tiles<P, Middle>(x, layer, first, last, read, write);
     else
-        multiply_tiles<P, Wide>(x, weights, first, last, read, write);
+        multiply_tiles<P, Wide>(x, layer, first, last, read, write);
 }
 
 // resid += y W * SCALE.
 template <class P>
-static __device__ __forceinline__ void multiply_add(u64 at, float scale)
+static __device__ __forceinline__ void multiply_add(int layer, float scale)
 {
     const auto pair = [&](int token, int block) {
         return (float2 *)(prefill_resid() + (u64)token * D + block * 8) + threadIdx.x % 4;
     };
-    multiply_rows<P>(prefill_y(), at, 0, P::BLOCKS, [&](int token, int block) {
+    multiply_rows<P>(prefill_y(), layer, 0, P::BLOCKS, [&](int token, int block) {
         float2 a = make_float2(0.0f, 0.0f), b = a;
         if (block < P::BLOCKS && token < G->args.n)
             a = *pair(token, block);
@@ -363,9 +392,10 @@ static __device__ __forceinline__ void multiply_add(u64 at, float scale)
 t_section({|Prefill: q, k, v|})
 
 // q, k and v before norm and rotation, from block FIRST on.  BIAS: where it begins in args.vec.
-static __device__ __noinline__ void prefill_qkv(u64 at, int first, int bias)
+static __device__ __noinline__ void prefill_qkv(int layer, int first, int bias)
 {
-    multiply_rows<Qkv>(prefill_x(), at, first, Qkv::BLOCKS, [&](int, int block) {
+    const Share mine = share_of(my_group());
+    multiply_rows<Qkv>(prefill_x(), layer, first, Qkv::BLOCKS, [&](int, int block) {
         float2 add = make_float2(0.0f, 0.0f);
 t_if(MODEL_QKV_BIAS, {|        if (block < Qkv::BLOCKS)
             add = ((const float2 *)(G->args.vec + bias))[block * 4 + threadIdx.x % 4];
@@ -378,7 +408,7 @@ t_if(MODEL_QKV_BIAS, {|        if (block < Qkv::BLOCKS)
         if (block < Qkv::BLOCKS && token + 8 < G->args.n)
             *late(to + 8 * ((H + 2 * K) * E / 2)) = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
     });
-    read_ahead(at - QKV_OFFSET + O_OFFSET, MLP_OFFSET - O_OFFSET);
+    read_ahead(layer, mine, mine.o, mine.mlp);
 }
 
 // Norm and rotation: heads FIRST .. H-1 of q to x, times log2(e) / sqrt(E); k and v to the cache.
@@ -413,24 +443,27 @@ t_if(MODEL_QK_NORM, {|    Head_values q_norm, k_norm;
                 break;
             half *to;
             float scale = 1.0f;
+            int apart = 8 * 8; // elements from one tile of the row to the next
             if (head < H) {
 t_if(MODEL_QK_NORM, {|                x[i].norm(q_norm);
 |})m4_dnl
                 x[i].rotate(rope);
                 to = (half *)prefill_x() + ((u64)token * H + head) * E;
+                apart = 8;
                 scale = SOFTMAX_SCALE;
             } else if (head < H + K) {
 t_if(MODEL_QK_NORM, {|                x[i].norm(k_norm);
 |})m4_dnl
                 x[i].rotate(rope);
-                to = cache + (head - H) * KV_HEAD + (u64)pos * E;
+                to = cache + (head - H) * KV_HEAD + kv_at(pos, 0);
             } else {
-                to = cache + (head - H - K) * KV_HEAD + KV_VALUE + (u64)pos * E;
+                to = cache + (head - H - K) * KV_HEAD + kv_at(pos, 0) + KV_VALUE;
             }
+            to += lane / 8 * apart + lane % 8;
             #pragma unroll
             for (int j = 0; j < Head_values::PAIRS; j++) {
-                *late(to + lane + j * 32) = to_half(x[i].a[j] * scale);
-                *late(to + lane + j * 32 + E / 2) = to_half(x[i].b[j] * scale);
+                *late(to + j * 4 * apart) = to_half(x[i].a[j] * scale);
+                *late(to + (j * 4 + E / 16) * apart) = to_half(x[i].b[j] * scale);
             }
         }
     }
@@ -440,26 +473,27 @@ t_section({|Prefill: causal attention over the KV cache|})
 
 // A task is a KV head and FLASH_ROWS queries: row r of the head is token r / RATIO, query head
 // r % RATIO of its group.  A warp has 16 rows.  Keys and values come in stages of FLASH_POSITIONS.
-constexpr int RATIO = H / K; // query heads of a KV head
 constexpr int FLASH_ROWS = PLAN_FLASH_M;
 constexpr int FLASH_POSITIONS = PLAN_FLASH_N;
 constexpr int FLASH_BYTES = FLASH_POSITIONS * E * 2; // keys of a stage; the values follow
 constexpr int FLASH_FIT = WORK_BYTES / (FLASH_BYTES * 2), FLASH_STAGES = FLASH_FIT < 4 ? FLASH_FIT : 4;
 static_assert(FLASH_ROWS == PREFILL_WARPS * 16 && FLASH_STAGES >= 2, "attention tile");
 
-// Positions FIRST .. FIRST + FLASH_POSITIONS - 1 of a head to a stage, zeros from END on.  The
-// 16-byte pieces of a row change places, so that ldmatrix meets no bank twice.
+// Positions FIRST .. FIRST + FLASH_POSITIONS - 1 of a head to a stage, zeros from END on.  Keys and
+// values lie there as in a tile of the cache.
 static __device__ __forceinline__ void flash_copy(u32 stage, const half *cache, int first, int end)
 {
-    constexpr int PIECES = E / 8, PASS = PREFILL_THREADS / PIECES; // rows at a time
-    const int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
-    const u32 to = stage + row * (E * 2) + (piece ^ row % 8) * 16;
-    const half *from = cache + (u64)(first + row) * E + piece * 8;
+    constexpr int PASS = PREFILL_THREADS / E * 8; // positions at a time
+    const int from = first + threadIdx.x / E * 8; // of this thread's block
+    const half *piece = cache + threadIdx.x % E * 8;
+    const u32 to = stage + threadIdx.x * 16;
+    static_assert(FLASH_POSITIONS % PASS == 0, "copies");
     #pragma unroll
     for (int i = 0; i < FLASH_POSITIONS / PASS; i++) {
-        const int bytes = first + row + i * PASS < end ? 16 : 0;
-        copy16(to + i * (PASS * E * 2), from + i * (PASS * E), bytes);
-        copy16(to + FLASH_BYTES + i * (PASS * E * 2), from + KV_VALUE + i * (PASS * E), bytes);
+        const half *key = piece + kv_at(from + i * PASS, 0);
+        const int bytes = from + i * PASS + (int)threadIdx.x % 8 < end ? 16 : 0;
+        copy16(to + i * (PREFILL_THREADS * 16), key, bytes);
+        copy16(to + FLASH_BYTES + i * (PREFILL_THREADS * 16), key + KV_VALUE, bytes);
     }
 }
 
@@ -498,6 +532,7 @@ struct Flash {
     __device__ __forceinline__ void attend(u32 stage, bool mask, const int (&last)[2])
     {
         const int lane = threadIdx.x % 32;
+        const u32 values = stage + FLASH_BYTES + lane / 8 % 2 * (E * 16) + lane / 16 * 128 + lane % 8 * 16;
         float s[FLASH_POSITIONS / 8][4];
         #pragma unroll
         for (int j = 0; j < FLASH_POSITIONS / 8; j++) {
@@ -507,7 +542,7 @@ struct Flash {
             #pragma unroll
             for (int k = 0; k < E / 32; k++) {
                 u32 key[4];
-                ldmatrix(key, stage + (j * 8 + lane % 8) * (E * 2) + (k * 4 + lane / 8 ^ lane % 8) * 16);
+                ldmatrix(key, stage + j * (E * 16) + k * 512 + lane * 16);
                 mma(s[j], q[k * 2][0], q[k * 2][1], q[k * 2][2], q[k * 2][3], key[0], key[1]);
                 mma(s[j], q[k * 2 + 1][0], q[k * 2 + 1][1], q[k * 2 + 1][2], q[k * 2 + 1][3], key[2], key[3]);
             }
@@ -550,15 +585,14 @@ struct Flash {
             #pragma unroll
             for (int e = 0; e < E / 16; e++) {
                 u32 value[4];
-                ldmatrix_transposed(value, stage + FLASH_BYTES + (k * 16 + lane % 16) * (E * 2)
-                                           + (e * 2 + lane / 16 ^ lane % 8) * 16);
+                ldmatrix_transposed(value, values + k * (E * 32) + e * 256);
                 mma(out[e * 2], p0, p1, p2, p3, value[0], value[1]);
                 mma(out[e * 2 + 1], p0, p1, p2, p3, value[2], value[3]);
             }
         }
     }
 
-    // Divide, and write the rows that exist.
+    // Divide, and write the rows that exist: a lane has what one tile of each unit has of a row.
     __device__ __forceinline__ void finish(unsigned char *y, int first, int rows, int head)
     {
         const int lane = threadIdx.x % 32;
@@ -572,8 +606,13 @@ struct Flash {
                 const int col = (head * RATIO + row % RATIO) * E + lane % 4 * 2;
                 unsigned char *to = y + activation_at<O::UNITS>(row / RATIO, col);
                 #pragma unroll
-                for (int e = 0; e < E / 8; e++)
-                    *late((u32 *)(to + e * 128)) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
+                for (int unit = 0; unit < E / 32; unit++) {
+                    u32 pair[4];
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        pair[j] = pack(out[unit * 4 + j][i * 2] * scale, out[unit * 4 + j][i * 2 + 1] * scale);
+                    *late((uint4 *)(to + unit * 512)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+                }
             }
         }
     }
@@ -630,10 +669,11 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
 
 t_section({|Prefill: projections and MLP|})
 
-static __device__ __noinline__ void prefill_o(u64 at)
+static __device__ __noinline__ void prefill_o(int layer)
 {
-    multiply_add<O>(at, 1.0f);
-    read_ahead(at - O_OFFSET + MLP_OFFSET, DOWN_OFFSET - MLP_OFFSET);
+    const Share mine = share_of(my_group());
+    multiply_add<O>(layer, 1.0f);
+    read_ahead(layer, mine, mine.mlp, mine.down);
 }
 
 static __device__ __forceinline__ float silu_product(float gate, float up)
@@ -643,9 +683,10 @@ static __device__ __forceinline__ float silu_product(float gate, float up)
 
 // y = silu(x W_gate) * (x W_up).  Gate and up blocks come in turn; y is padded with zeros up to
 // whole units.
-static __device__ __noinline__ void prefill_mlp(u64 at)
+static __device__ __noinline__ void prefill_mlp(int layer)
 {
-    multiply_rows<Mlp>(prefill_x(), at, 0, Down::UNITS * 8, [](int, int) {
+    const Share mine = share_of(my_group());
+    multiply_rows<Mlp>(prefill_x(), layer, 0, Down::UNITS * 8, [](int, int) {
         return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }, [&](int token, int block, const float (*sum)[4], float4) {
         u32 product[2];
@@ -659,13 +700,14 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
         if (block < Down::UNITS * 8 && token + 8 < G->args.n)
             *late((u32 *)(to + Down::UNITS * 512)) = product[1]; // in the next block of tokens
     });
-    read_ahead(at - MLP_OFFSET + DOWN_OFFSET, (int)LAYER_BYTES - DOWN_OFFSET);
+    read_ahead(layer, mine, mine.down, mine.layer);
 }
 
-static __device__ __noinline__ void prefill_down(u64 at)
+static __device__ __noinline__ void prefill_down(int layer)
 {
-    multiply_add<Down>(at, 1.0f / MLP_SCALE);
-    read_ahead(at - DOWN_OFFSET + LAYER_BYTES, O_OFFSET); // q, k, v of the next layer
+    const Share mine = share_of(my_group());
+    multiply_add<Down>(layer, 1.0f / MLP_SCALE);
+    read_ahead(layer + 1, mine, 0, mine.o); // q, k, v
 }
 
 t_section({|Prefill: the kernel|})
@@ -674,46 +716,46 @@ t_section({|Prefill: the kernel|})
 // layer needs neither queries nor what follows them.
 static __device__ __forceinline__ void prefill()
 {
+    const Share mine = share_of(my_group());
     u32 count = 0;
 
-    read_ahead(QKV_OFFSET, O_OFFSET - QKV_OFFSET);
+    read_ahead(0, mine, 0, mine.o);
     prefill_embed();
     grid_barrier(count += CTAS);
 t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 2, {|
     t_note({|layer t_2d(LAYER)|})
-    prefill_qkv(PLAN_AT(LAYER, QKV), 0, PLAN_VEC_AT(LAYER, BIAS));
+    prefill_qkv(LAYER, 0, PLAN_VEC_AT(LAYER, BIAS));
     grid_barrier(count += CTAS);
     prefill_rotate(PLAN_VEC_AT(LAYER, START), PLAN_KV_AT(LAYER), 0);
     grid_barrier(count += CTAS);
     prefill_attn(PLAN_KV_AT(LAYER));
     grid_barrier(count += CTAS);
-    prefill_o(PLAN_AT(LAYER, O));
+    prefill_o(LAYER);
     grid_barrier(count += CTAS);
     prefill_norm(PLAN_VEC_AT(LAYER, MLP_NORM));
     grid_barrier(count += CTAS);
-    prefill_mlp(PLAN_AT(LAYER, MLP));
+    prefill_mlp(LAYER);
     grid_barrier(count += CTAS);
-    prefill_down(PLAN_AT(LAYER, DOWN));
+    prefill_down(LAYER);
     grid_barrier(count += CTAS);
     prefill_norm(PLAN_VEC_AT(LAYER, NEXT_NORM));
     grid_barrier(count += CTAS);
 |})|}, {|    #pragma unroll 1
     for (int layer = 0; layer < L - 1; layer++) {
-        const u64 at = layer * LAYER_BYTES;
         const int vec = layer * VEC_LAYER;
-        prefill_qkv(at + QKV_OFFSET, 0, vec + VEC_BIAS);
+        prefill_qkv(layer, 0, vec + VEC_BIAS);
         grid_barrier(count += CTAS);
         prefill_rotate(vec, layer * KV_LAYER, 0);
         grid_barrier(count += CTAS);
         prefill_attn(layer * KV_LAYER);
         grid_barrier(count += CTAS);
-        prefill_o(at + O_OFFSET);
+        prefill_o(layer);
         grid_barrier(count += CTAS);
         prefill_norm(vec + VEC_MLP_NORM);
         grid_barrier(count += CTAS);
-        prefill_mlp(at + MLP_OFFSET);
+        prefill_mlp(layer);
         grid_barrier(count += CTAS);
-        prefill_down(at + DOWN_OFFSET);
+        prefill_down(layer);
         grid_barrier(count += CTAS);
         prefill_norm(vec + VEC_LAYER + VEC_ATTN_NORM);
         grid_barrier(count += CTAS);
@@ -721,7 +763,7 @@ t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 2, {|
 |})m4_dnl
 
     t_note({|layer t_2d(m4_eval(MODEL_L - 1))|})
-    prefill_qkv(PLAN_AT(MODEL_L - 1, QKV), H * E / 8, PLAN_VEC_AT(MODEL_L - 1, BIAS));
+    prefill_qkv(m4_eval(MODEL_L - 1), H * E / 8, PLAN_VEC_AT(MODEL_L - 1, BIAS));
     grid_barrier(count += CTAS);
     prefill_rotate(PLAN_VEC_AT(MODEL_L - 1, START), PLAN_KV_AT(MODEL_L - 1), H);
 }

@@ -40,6 +40,13 @@ static __device__ __forceinline__ u32 pack(float lo, float hi)
 
 static __device__ __forceinline__ half to_half(float x) { return (half)pack(x, 0.0f); }|})
 
+static __device__ __forceinline__ float exp2_approx(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Single-copy atomic: all of a word or none of it is seen.
 static __device__ __forceinline__ Word load_word(const Word *p)
 {
@@ -59,14 +66,15 @@ static __device__ __forceinline__ void store_word(Word *p, u32 v0, u32 v1, u32 v
                  :: "l"(p), "r"(v0), "r"(v1), "r"(v2), "r"(tag) : "memory");
 }
 
-// *late(p) = v is a plain store that another CTA will read: late, and in any order, until fence_gpu or
-// add_release after it.
+// *late(p) = v is a plain store that another CTA will read, or the copy engine: late, and in any order, until
+// add_release or fence_async_global after it.
 template <class T>
 static __device__ __forceinline__ T *late(T *p) { return p; }
 
-// All earlier writes of this CTA (after a barrier) before all later ones, for every CTA.
+m4_ifdef({|PLAN_ALL_PRIMS|}, {|// All earlier writes of this CTA (after a barrier) before all later ones, for every CTA.
 static __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+|})m4_dnl
 static __device__ __forceinline__ u32 load_acquire(const u32 *p)
 {
     u32 v;
@@ -117,6 +125,19 @@ static __device__ __forceinline__ void store_flag(u32 *p, u32 v)
     asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" :: "r"(shared_address(p)), "r"(v) : "memory");
 }
 
+// The same, for what was written before it or by those whom the writer has seen.
+static __device__ __forceinline__ u32 read_flag(const u32 *p)
+{
+    u32 v;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void publish_flag(u32 *p, u32 v)
+{
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" :: "r"(shared_address(p)), "r"(v) : "memory");
+}
+
 static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
     asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
@@ -135,6 +156,14 @@ static __device__ __forceinline__ u64 timer_ns()
     return t;
 }
 
+t_if(PLAN_TIMING, {|static __device__ __forceinline__ u64 clock_cycles()
+{
+    u64 t;
+    asm volatile("mov.u64 %0, %clock64;" : "=l"(t) :: "memory");
+    return t;
+}
+
+|})m4_dnl
 static __device__ __forceinline__ void trap() { asm volatile("trap;"); }
 
 // Four 8x8 tiles of half; lane i gives the address of row i % 8 of tile i / 8.
@@ -247,6 +276,12 @@ static __device__ __forceinline__ void copy_bulk(void *dst, const void *src, u32
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+
+// What this thread wrote to global memory, before the copy engine comes to it.
+static __device__ __forceinline__ void fence_async_global()
+{
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // What this thread wrote to shared memory, before the copy engine comes to it.

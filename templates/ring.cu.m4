@@ -16,8 +16,6 @@ static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use)
     return landed;
 }
 
-static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use) { return gate_landed(full, use); }
-
 // All warps have released use - 1.
 static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
 {
@@ -58,11 +56,6 @@ static __device__ __forceinline__ void gate_init_done()
     t_if(PLAN_FAMILY >= 90, {|fence_async_proxy();|}, {|__threadfence_block();|})
 }
 
-static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use)
-{
-    return t_if(PLAN_FAMILY >= 90, mbarrier_try_wait, mbarrier_test_wait)(full, use & 1);
-}
-
 static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return mbarrier_test_wait(full, use & 1); }
 
 // All warps have released use - 1.
@@ -73,14 +66,11 @@ static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
 
 static __device__ __forceinline__ void gate_release(Gate *free) { mbarrier_arrive(free); }
 
-t_if(PLAN_FAMILY >= 90, {|// The producer warp starts a bulk copy of BYTES (a multiple of 512) that opens the gate.
+t_if(PLAN_FAMILY >= 90, {|// The producer starts a bulk copy of BYTES (a multiple of 512) that opens the gate.
 static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
 {
-    if (threadIdx.x % 32 == 0) {
-        mbarrier_arrive_expect(full, bytes);
-        copy_bulk(dst, src, bytes, full);
-    }
-    __syncwarp();
+    mbarrier_arrive_expect(full, bytes);
+    copy_bulk(dst, src, bytes, full);
 }|}, {|// The producer warp starts copies of BYTES (a multiple of 512) that open the gate.
 static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const unsigned char *src, int bytes)
 {

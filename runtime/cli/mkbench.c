@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include "runtime/abi.h"
 #include "runtime/bench.h"
 #include "runtime/cli/cli.h"
 
@@ -22,6 +23,7 @@ static const char help[] =
     "      --runs N          timed runs (default 10)\n"
     "  -c, --context N       tokens that the KV cache holds (default: what is needed, at\n"
     "                        least 4096 or the model's maximum)\n"
+    "      --stages          print what the stages of decode take (a kernel with clocks)\n"
     "      --seed N          of made weights and of prompts (default 1)\n"
     "  -j, --json FILE       the results as JSON; \"-\" is standard output, without the table\n"
     "      --plan FILE       plan choices of the kernel, see mkgen\n"
@@ -43,6 +45,7 @@ struct options {
     int pos[MAX_ROWS], prefill[MAX_ROWS];
     int n_pos, n_prefill;       /* -1: not given */
     int tokens, runs, context;
+    int stages;                 /* print their cycles, too */
     struct cli_list set;
     struct rt_bench_options bench;
 };
@@ -68,12 +71,13 @@ struct report {
 
 /* ---- Arguments ---- */
 
-enum { OPT_RUNS = 256, OPT_SEED, OPT_PLAN, OPT_HELP, OPT_VERSION };
+enum { OPT_RUNS = 256, OPT_STAGES, OPT_SEED, OPT_PLAN, OPT_HELP, OPT_VERSION };
 
 static const struct option longs[] = {
     { "random-weights", no_argument, NULL, 'r' }, { "pos", required_argument, NULL, 'p' },
     { "prefill", required_argument, NULL, 'f' },  { "tokens", required_argument, NULL, 'n' },
     { "runs", required_argument, NULL, OPT_RUNS }, { "context", required_argument, NULL, 'c' },
+    { "stages", no_argument, NULL, OPT_STAGES },
     { "seed", required_argument, NULL, OPT_SEED }, { "json", required_argument, NULL, 'j' },
     { "plan", required_argument, NULL, OPT_PLAN }, { "set", required_argument, NULL, 's' },
     { "help", no_argument, NULL, OPT_HELP },      { "version", no_argument, NULL, OPT_VERSION },
@@ -111,6 +115,10 @@ static int parse(int argc, char **argv, struct options *o)
         case 'j': o->json = optarg; break;
         case 's': rc = cli_list_add(&o->set, optarg); break;
         case OPT_RUNS: rc = cli_int("--runs", optarg, 1, MAX_RUNS, &o->runs); break;
+        case OPT_STAGES:
+            o->stages = 1;
+            rc = cli_list_add(&o->set, "timing=on");
+            break;
         case OPT_SEED: rc = cli_u64("--seed", optarg, &o->bench.seed); break;
         case OPT_PLAN: o->bench.plan_file = optarg; break;
         case OPT_HELP: fputs(help, stdout); return -1;
@@ -209,6 +217,31 @@ static int measure(struct rt_bench *b, const struct options *o, const struct rep
     r->clock_mhz = run.clock_mhz;
     if (r->verdict.correct)
         fill_times(r, ms, o->runs, r->decode ? 1 : r->at, rep);
+    return 0;
+}
+
+/* ---- The stages ---- */
+
+/* One more run from the row's position, whose stages are measured: cycles of a token or of a layer. */
+static int print_stages(struct rt_bench *b, const struct options *o, const struct row *r, struct mk_err *err)
+{
+    struct rt_bench_stage stage[MK_LAP_COUNT];
+    struct rt_bench_facts facts;
+    int rc;
+
+    rt_bench_facts(b, &facts);
+    rc = rt_bench_fill_kv(b, r->at, err);
+    rc = rc ? rc : rt_bench_stages(b, r->at, o->tokens, stage, err);
+    if (rc)
+        return rc;
+    printf("    %-10s %19s %19s   cycles (of these for the ring) of a layer, or of a token\n", "",
+           "groups with heads", "other groups");
+    for (int i = 0; i < MK_LAP_COUNT; i++) {
+        const int times = stage[i].per_layer ? facts.model.L : 1;
+        printf("    %-10s %10.0f (%6.0f) %10.0f (%6.0f)   %s\n", stage[i].name,
+               stage[i].cycles[0] / times, stage[i].waited[0] / times, stage[i].cycles[1] / times,
+               stage[i].waited[1] / times, stage[i].per_layer ? "layer" : "token");
+    }
     return 0;
 }
 
@@ -338,6 +371,10 @@ static int run_rows(struct rt_bench *b, const struct options *o, struct report *
         cli_progress_clear();
         if (table)
             print_row(r);
+        if (table && r->decode && o->stages && print_stages(b, o, r, &err)) {
+            status = cli_error(&err);
+            break;
+        }
         fflush(stdout);
         if (!r->verdict.correct)
             status = CLI_FAILED;

@@ -99,8 +99,6 @@ void mkhost_cluster_wait(void)
     progress(l);
     if (!l->in_cluster)
         misuse("a thread waits at the barrier of its cluster before it has arrived");
-    if (l->warp->met)
-        misuse("a lane comes to a barrier while others of its warp wait at %s", l->warp->meeting);
     if (l->cluster_phase == b->phase) {
         l->about = b;
         set_state(l, WAITING);

@@ -39,6 +39,8 @@ static inline float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
 static inline half to_half(float x) { return mkhost_to_bf16(x); }|})
 static inline u32 pack(float lo, float hi) { return to_half(lo) | (u32)to_half(hi) << 16; }
 
+static inline float exp2_approx(float x) { return exp2f(x); }
+
 static inline Word load_word(const Word *p)
 {
     Word w;
@@ -56,7 +58,8 @@ template <class T> static inline T *late(T *p)
     mkhost_delay(p, sizeof *p);
     return p;
 }
-static inline void fence_gpu() { mkhost_fence(MKHOST_GPU); }
+m4_ifdef({|PLAN_ALL_PRIMS|}, {|static inline void fence_gpu() { mkhost_fence(MKHOST_GPU); }
+|})m4_dnl
 static inline u32 load_acquire(const u32 *p)
 {
     u32 v;
@@ -84,9 +87,21 @@ static inline void store_flag(u32 *p, u32 v)
     __atomic_store_n(p, v, __ATOMIC_RELAXED);
     mkhost_changed(p);
 }
+static inline u32 read_flag(const u32 *p)
+{
+    mkhost_poll(p);
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline void publish_flag(u32 *p, u32 v)
+{
+    mkhost_publish(p);
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+    mkhost_changed(p);
+}
 static inline void prefetch_l2(const void *) {}
 static inline void consumer_barrier() { mkhost_barrier(1, THREADS); }
 static inline u64 timer_ns() { return mkhost_timer(); }
+t_if(PLAN_TIMING, {|static inline u64 clock_cycles() { return mkhost_timer(); }|})
 static inline void trap() { mkhost_trap(); }
 
 // The lane reads its row itself, so that sanitizers see it.

@@ -61,19 +61,35 @@ t_section(TITLE)
 
 m4_define({|t_section|}, {|t_note({|---- $1 |}m4_translit(m4_format({|%*s|}, m4_eval(80 - m4_len({|$1|})), {||}), {| |}, {|-|}))|})
 
+
+t_lap(STAGE)
+  In a plan with timing: the cycles since the last lap are STAGE's.
+
+m4_define({|t_lap|}, {|t_if(PLAN_TIMING, {| lap(LAP_$1);|})|})
+
+
+t_x(WHICH)
+  x behind O (WHICH 0) or behind DOWN (1), an expression: one place for both where no other CTA writes it.
+
+m4_define({|t_x|}, {|t_if(PLAN_CLUSTER > 1, {|S->x[$1]|}, {|S->x[0]|})|})
+
+
 t_shared(TYPE, NAME)
   The CTA's shared memory as NAME, an array of TYPE: NAME->member is how to use it.
 
 m4_define({|t_shared|}, {|t_if(PLAN_HOST, {|#define $2 (($1 *)mkhost_now->shared)|}, {|extern __shared__ $1 $2[];|})|})
 
-PLAN_AT(LAYER, PHASE)        bytes from a stream's start to PHASE of LAYER
 PLAN_VEC_AT(LAYER, VECTOR)   floats from args.vec to VECTOR of LAYER
 PLAN_KV_AT(LAYER)            elements from args.kv to LAYER
   The plan's 64-bit offsets, one macro each in params.m4.
-  PLAN_AT(7, QKV)
+  PLAN_VEC_AT(7, BIAS)
 
-m4_define({|PLAN_AT|}, {|m4_indir({|PLAN_AT_$2_|}m4_eval($1))|})
 m4_define({|PLAN_VEC_AT|}, {|m4_indir({|PLAN_VEC_AT_$2_|}m4_eval($1))|})
 m4_define({|PLAN_KV_AT|}, {|m4_indir({|PLAN_KV_AT_|}m4_eval($1))|})
+
+t_class(WHAT, CLASS)         a number of the plan's CLASS of groups; SHARE: the arguments of share()
+  t_class(FIRST, 1)
+
+m4_define({|t_class|}, {|m4_indir({|PLAN_CLASS_$1_|}m4_eval($2))|})
 
 m4_divert(0)m4_dnl
