@@ -4,11 +4,12 @@
 
      driver=13000   devices=1   arch=90   sms=4   memory=1073741824   coop=1
      fit=1          blocks that one SM holds
+     clusters=0     clusters of any size that fit at once
      busy=0         1: the stream is not done
      NAME=CODE      the function NAME returns CODE, for example cuInit=999
 
-   fake_cuda_live counts what was made and not freed.  It is libmkhost too: fake_host is what
-   it was told last. */
+   fake_cuda_live counts what was made and not freed, fake_launch is the last launch with
+   attributes.  It is libmkhost too: fake_host is what it was told last. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,7 +24,7 @@
 #define NOT_READY 600
 
 int fake_cuda_live;
-char fake_host[256];
+char fake_host[256], fake_launch[256];
 static size_t used;
 
 static long long setting(const char *key, long long absent)
@@ -289,7 +290,7 @@ int cuModuleGetFunction(void **f, void *module, const char *name)
 int cuFuncSetAttribute(void *f, int attr, int value)
 {
     PLANTED(cuFuncSetAttribute);
-    return f && attr == 8 && value >= 0 ? 0 : 1;
+    return f && (attr == 8 || attr == 14) && value >= 0 ? 0 : 1;
 }
 
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void *f, int block, size_t smem)
@@ -316,10 +317,34 @@ int cuLaunchCooperativeKernel(void *f, unsigned gx, unsigned gy, unsigned gz, un
     return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, smem, stream, params, NULL);
 }
 
-int cuLaunchKernelEx(const void *config, void *f, void **params, void **extra)
+struct launch {
+    unsigned grid[3], block[3], smem;
+    void *stream;
+    const struct {
+        unsigned id, pad;
+        unsigned value[16];
+    } *attributes;
+    unsigned n_attributes;
+};
+
+int cuLaunchKernelEx(const struct launch *c, void *f, void **params, void **extra)
 {
+    int n;
+
     PLANTED(cuLaunchKernelEx);
-    return config && f && params && !extra ? 0 : 1;
+    n = snprintf(fake_launch, sizeof fake_launch, "%u x %u, %u bytes", c->grid[0], c->block[0],
+                 c->smem);
+    for (unsigned i = 0; i < c->n_attributes && n < (int) sizeof fake_launch; i++)
+        n += snprintf(fake_launch + n, sizeof fake_launch - (size_t) n, ", %u = %u",
+                      c->attributes[i].id, c->attributes[i].value[0]);
+    return f && c->stream == &used && params && !extra ? 0 : 1;
+}
+
+int cuOccupancyMaxActiveClusters(int *n, void *f, const struct launch *c)
+{
+    PLANTED(cuOccupancyMaxActiveClusters);
+    *n = (int) setting("clusters", 0);
+    return f && c->n_attributes && c->attributes[0].id == 4 ? 0 : 1;
 }
 
 int cuEventCreate(void **e, unsigned flags)

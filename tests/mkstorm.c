@@ -22,29 +22,36 @@
 #include "tests/check.h"
 #include "tests/faults.h"
 
-enum { CONTEXT = 64, PROMPT = 18, STEPS = 4, SAMPLED = 2, MOST_V = 256, MOST_SETTINGS = 8 };
+enum { CONTEXT = 80, MOST_PROMPT = 63, STEPS = 4, SAMPLED = 2, MOST_V = 256, MOST_SETTINGS = 8 };
 enum { POISON = 0x7fff }; /* of rows: NaN in bf16 and in fp16 */
 
-/* ---- Worlds: a toy model, an architecture, settings ------------------------- */
+/* ---- Worlds: a toy model, an architecture, settings, tokens of the prompt ----- */
 
 struct world {
     const char *model, *arch, *settings;
+    int prompt; /* decode begins with its last token */
 };
 
+/* chunk_bytes=512 makes KV tiles of 16 positions.  Prompts of 15 and 63 end just before a tile does: another rank
+   has the next one. */
 static const struct world worlds[] = {
-    {"tiny-qwen3", "sm_90", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
-    {"tiny-qwen3", "sm_80", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
-    {"tiny-qwen3", "sm_75", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
-    {"tiny-qwen2", "sm_90", "ctas=3 warps=5 unroll_layers=loop chunk_bytes=512 stages=2"},
-    {"tiny-qwen2", "sm_75", "ctas=3 warps=4 unroll_layers=loop chunk_bytes=1024 stages=3"},
-    {"tiny-qwen2", "sm_80", "ctas=4 warps=7 round_blocks=2 split_min=3"},
-    {"tiny-llama", "sm_90", "ctas=2 warps=7 head_group=1 split_min=4 dtype=fp16"},
-    {"tiny-llama", "sm_80", "ctas=4 warps=4 head_group=2 inflight=1 epoch0=2147483500"},
-    {"tiny-smol", "sm_100", "ctas=4 warps=4 split_min=2 prefill_tokens=16"},
-    {"tiny-smol", "sm_120", "ctas=1 warps=4 stages=4 inflight=3"},
-    {"tiny-qwen3-e128", "sm_90", "ctas=4 warps=4 split_min=5 head_group=1"},
-    {"tiny-qwen3-e128", "sm_89", "ctas=3 warps=6 dtype=fp16 tokens_per_launch=1"},
-    {"tiny-qwen3-e128", "sm_86", "ctas=3 warps=5 split_min=4"},
+    /* Clusters: a head in each of two groups; two in one; a group without units and one without heads. */
+    {"tiny-qwen3", "sm_90", "ctas=4 group=2 warps=4 chunk_bytes=512 tokens_per_launch=3", 18},
+    /* The same through L2, and by cp.async. */
+    {"tiny-qwen3", "sm_80", "ctas=4 group=2 warps=4 chunk_bytes=512 tokens_per_launch=3", 15},
+    {"tiny-qwen3", "sm_75", "ctas=4 group=4 warps=4 chunk_bytes=512 tokens_per_launch=3", 18},
+    /* Three groups of one; two without heads, one without units; D is no multiple of 16. */
+    {"tiny-qwen2", "sm_90", "cluster=l2 ctas=3 group=1 warps=5 unroll_layers=loop chunk_bytes=512 stages=2", 63},
+    {"tiny-qwen2", "sm_75", "ctas=4 group=2 warps=4 unroll_layers=loop chunk_bytes=1024 stages=3", 1},
+    {"tiny-qwen2", "sm_80", "ctas=4 group=4 warps=7 round_blocks=2", 18},
+    {"tiny-llama", "sm_90", "ctas=4 group=4 warps=7 chunk_bytes=512 dtype=fp16", 15},
+    {"tiny-llama", "sm_80", "ctas=4 group=1 warps=4 inflight=1 epoch0=2147483500", 18},
+    {"tiny-smol", "sm_100", "ctas=4 group=2 warps=4 prefill_tokens=16 timing=on", 18},
+    {"tiny-smol", "sm_120", "ctas=1 warps=4 stages=4 inflight=3", 18},
+    {"tiny-qwen3-e128", "sm_90", "ctas=4 group=2 warps=4 balance=1000 unroll_layers=loop", 33},
+    {"tiny-qwen3-e128", "sm_89", "ctas=3 group=3 warps=6 dtype=fp16 tokens_per_launch=1", 63},
+    {"tiny-qwen3-e128", "sm_86", "ctas=3 group=1 warps=4", 63},
+    {"tiny-qwen3", "sm_90", "ctas=2 group=2 warps=4 chunk_bytes=512 stages=2 dtype=fp16", 63},
 };
 enum { WORLDS = sizeof worlds / sizeof *worlds };
 
@@ -138,7 +145,7 @@ struct result { /* every bit that the kernels gave */
     float logits[STEPS][MOST_V], sampled_logits[2][SAMPLED][MOST_V];
     int32_t tokens[STEPS], sampled[2][SAMPLED], ended[STEPS], stopped[STEPS];
     int n_stopped;
-    uint16_t kv[4][2][2][PROMPT + STEPS][128]; /* layer, head, key or value */
+    uint16_t kv[4][2][2][MOST_PROMPT + STEPS][128]; /* layer, head, key or value */
 };
 
 struct taken {
@@ -160,7 +167,7 @@ struct stage {
     struct rt_weights *weights;
     struct rt_engine *engine;
     struct rt_session *session;
-    int32_t prompt[PROMPT];
+    int32_t prompt[MOST_PROMPT];
     double token_ms; /* of the last greedy run, on one core */
 };
 
@@ -190,8 +197,8 @@ static int poison(struct stage *s, struct mk_err *err)
 
 static int read_kv(struct stage *s, struct result *r, struct mk_err *err)
 {
-    const int n = PROMPT + STEPS, E = s->model.E;
-    uint16_t rows[(PROMPT + STEPS) * 128];
+    const int n = s->world->prompt + STEPS, E = s->model.E;
+    uint16_t rows[(MOST_PROMPT + STEPS) * 128];
     int rc = 0;
 
     for (int layer = 0; layer < s->model.L && layer < 4; layer++)
@@ -235,11 +242,12 @@ static int play_ends(struct stage *s, struct result *r, struct mk_err *err)
 {
     struct taken ended = {.token = r->ended, .ends_after = 1},
                  stopped = {.token = r->stopped, .stop_after = 2};
-    struct rt_decode job = {.token = s->prompt[PROMPT - 1], .pos = PROMPT - 1, .n = STEPS, .top_p = 1,
+    const int P = s->world->prompt;
+    struct rt_decode job = {.token = s->prompt[P - 1], .pos = P - 1, .n = STEPS, .top_p = 1,
                             .stop = r->tokens, .n_stop = 1};
     int rc = decode(s, job, &ended, err);
 
-    job = (struct rt_decode) {.token = r->tokens[0], .pos = PROMPT, .n = STEPS, .top_p = 1};
+    job = (struct rt_decode) {.token = r->tokens[0], .pos = P, .n = STEPS, .top_p = 1};
     if (rc == 0)
         rc = decode(s, job, &stopped, err);
     r->n_stopped = stopped.n;
@@ -249,15 +257,15 @@ static int play_ends(struct stage *s, struct result *r, struct mk_err *err)
 static int play(struct stage *s, struct result *r, struct mk_err *err)
 {
     static float logits[STEPS * MOST_V];
-    const int wraps = strstr(s->world->settings, "epoch0=") != NULL, before = fills;
+    const int wraps = strstr(s->world->settings, "epoch0=") != NULL, before = fills, P = s->world->prompt;
     struct taken t = {.token = r->tokens};
-    struct rt_decode job = {.token = s->prompt[PROMPT - 1], .pos = PROMPT - 1, .n = STEPS, .top_p = 1};
+    struct rt_decode job = {.token = s->prompt[P - 1], .pos = P - 1, .n = STEPS, .top_p = 1};
     int done, rc = poison(s, err), early;
     double start;
 
     memset(r, 0, sizeof *r);
-    if (rc == 0)
-        rc = rt_session_prefill(s->session, s->prompt, PROMPT - 1, 0, &done, err);
+    if (rc == 0 && P > 1)
+        rc = rt_session_prefill(s->session, s->prompt, P - 1, 0, &done, err);
     job.logits = logits;
     start = cpu_seconds();
     if (rc == 0)
@@ -269,7 +277,7 @@ static int play(struct stage *s, struct result *r, struct mk_err *err)
         rc = read_kv(s, r, err);
     for (int k = 0; rc == 0 && k < 2; k++) {
         t = (struct taken) {.token = r->sampled[k]};
-        job = (struct rt_decode) {.token = r->tokens[k], .pos = PROMPT + k, .n = SAMPLED, .logits = logits,
+        job = (struct rt_decode) {.token = r->tokens[k], .pos = P + k, .n = SAMPLED, .logits = logits,
                                   .temperature = kinds[k].temperature, .top_k = kinds[k].top_k,
                                   .top_p = kinds[k].top_p, .seed = kinds[k].seed};
         rc = decode(s, job, &t, err);
@@ -318,7 +326,7 @@ static int stage_open(const struct world *w, struct stage *s, struct mk_err *err
         rc = rt_engine_open(&s->model, s->weights, &options, &s->engine, err);
     if (rc == 0)
         rc = stage_renew(s, err);
-    for (int i = 0; rc == 0 && i < PROMPT; i++)
+    for (int i = 0; rc == 0 && i < MOST_PROMPT; i++)
         s->prompt[i] = (int32_t) (rt_sample_hash(3, (uint32_t) i, 0) % (uint64_t) s->model.V);
     return rc;
 }
@@ -330,18 +338,20 @@ static int stage_open(const struct world *w, struct stage *s, struct mk_err *err
 static int compare_choices(struct stage *s, const struct result *r, char *why, size_t size)
 {
     static const struct mk_sampling greedy = {.top_p = 1};
+    const int P = s->world->prompt;
+
     for (int i = 0; i < STEPS; i++)
-        if (rt_sample(r->logits[i], s->model.V, &greedy, PROMPT + i) != r->tokens[i])
+        if (rt_sample(r->logits[i], s->model.V, &greedy, P + i) != r->tokens[i])
             snprintf(why, size, "token %d is not the best", i);
     for (int k = 0; k < 2; k++)
         for (int i = 0; i < SAMPLED; i++)
-            if (rt_sample(r->sampled_logits[k][i], s->model.V, &kinds[k], PROMPT + k + i + 1) !=
+            if (rt_sample(r->sampled_logits[k][i], s->model.V, &kinds[k], P + k + i + 1) !=
                 r->sampled[k][i])
                 snprintf(why, size, "sampler %d chooses another token %d", k, i);
     for (int layer = 0; layer < s->model.L && layer < 4; layer++)
         for (int head = 0; head < s->model.K && head < 2; head++)
             for (int i = 0; i < 2 * s->model.E; i++)
-                if (r->kv[layer][head][i / s->model.E][PROMPT + STEPS - 1][i % s->model.E] != POISON)
+                if (r->kv[layer][head][i / s->model.E][P + STEPS - 1][i % s->model.E] != POISON)
                     snprintf(why, size, "a row behind the last was written: layer %d, head %d", layer, head);
     return *why != 0;
 }
@@ -349,23 +359,23 @@ static int compare_choices(struct stage *s, const struct result *r, char *why, s
 /* The calm run against the oracle: logits of every step. */
 static int compare_oracle(struct stage *s, const struct result *r, char *why, size_t size)
 {
-    const int V = s->model.V;
-    float *want = calloc((size_t) (PROMPT + STEPS) * (size_t) V, sizeof *want);
-    int32_t tokens[PROMPT + STEPS];
+    const int V = s->model.V, P = s->world->prompt;
+    float *want = calloc((size_t) (P + STEPS) * (size_t) V, sizeof *want);
+    int32_t tokens[MOST_PROMPT + STEPS];
     struct rt_cpu *cpu = NULL;
     struct mk_err err = {0};
     double squares = 0, worst = 0;
     int rc = want ? 0 : MK_ENOMEM;
 
-    memcpy(tokens, s->prompt, sizeof s->prompt);
-    memcpy(tokens + PROMPT, r->tokens, sizeof r->tokens);
+    memcpy(tokens, s->prompt, (size_t) P * sizeof *tokens);
+    memcpy(tokens + P, r->tokens, sizeof r->tokens);
     if (rc == 0)
         rc = rt_cpu_make(&s->model, s->weights, rt_session_plan(s->session)->dtype, 1, CONTEXT, 1, &cpu, &err);
     if (rc == 0)
-        rc = rt_cpu_run(cpu, tokens, PROMPT + STEPS - 1, 0, want, 1, NULL, &err);
+        rc = rt_cpu_run(cpu, tokens, P + STEPS - 1, 0, want, 1, NULL, &err);
     for (int t = 0; rc == 0 && t < STEPS; t++)
         for (int i = 0; i < V; i++) {
-            const double w = want[(size_t) (PROMPT - 1 + t) * (size_t) V + (size_t) i];
+            const double w = want[(size_t) (P - 1 + t) * (size_t) V + (size_t) i];
             const double difference = fabs(w - (double) r->logits[t][i]);
             squares += w * w / (STEPS * V);
             worst = difference > worst || isnan(difference) ? difference : worst;

@@ -1,7 +1,7 @@
 #!/bin/sh
 # mkbench on the GPU with a toy model: every row is there, was checked and is right, as a table
-# and as JSON; wrong positions are refused.  MK_BIN is the folder of the programs; default: the
-# one that the test runs in.
+# and as JSON; stages have cycles; wrong positions are refused.  MK_BIN is the folder of the
+# programs; default: the one that the test runs in.
 set -u
 
 : "${srcdir:=tests}"
@@ -73,6 +73,16 @@ bench --json "$tmp/report.json"
 bench --json - --seed 7
 cp "$tmp/out" "$tmp/seed7.json"
 check_json "$tmp/seed7.json"
+
+# ---- The stages of decode ----
+
+bench --stages
+for stage in EMBED QKV ATTN O MLP DOWN HEAD NEXT; do
+    [ "$(grep -c -E "^ +$stage +[1-9]" "$tmp/out")" = 2 ] ||
+        fail "not two rows with cycles of $stage: $(cat "$tmp/out")"
+done
+[ "$(grep -c -E '^(decode|prefill) .* correct \(8 tokens' "$tmp/out")" = 4 ] ||
+    fail "with clocks, the table has not four correct rows: $(cat "$tmp/out")"
 
 # ---- What does not fit ----
 

@@ -122,6 +122,11 @@ run 1 mkgen -m "$toy" -a 90 -g no-such-gpu
 has '^mkgen: .*no-such-gpu.*h200' err 'an unknown GPU'
 run 1 mkgen -m "$toy" -a 90 -s no_such_key=1
 has '^mkgen: .*no_such_key' err 'an unknown plan key'
+run 1 mkgen -m "$toy" -a 90 -s split_min=64 # of an earlier kernel
+has '^mkgen: .*split_min' err 'a plan key that is gone'
+says 1 mkgen 'plan: ctas is 20; it must be a multiple of group, 8' \
+    -m "$toy" -a 90 -q -s ctas=20 -s group=8
+says 1 mkgen 'plan: cluster is cluster; sm_80 has l2 only' -m "$toy" -a 80 -q -s cluster=cluster
 run 1 mkgen -m "$toy" -a 90 -s unroll_layers
 has '^mkgen: .*unroll_layers' err 'a plan key without a value'
 run 1 mkgen -m "$toy" -a 90 -p no-such.plan
@@ -140,7 +145,10 @@ run 0 mkgen --list-gpus
 has '^h200 *sm_90 ' out --list-gpus
 awk '{ print $1 }' out >gpus
 run 0 mkgen --list-keys
-has unroll_layers out --list-keys
+for key in 'ctas .*1\.\.' 'group .*1\.\.16' 'cluster .*l2|cluster' 'balance .*0\.\.' \
+    'unroll_layers .*list|loop' 'timing .*off|on'; do
+    has "^$key" out --list-keys
+done
 for gpu in $(cat gpus); do
     run 0 mkgen --gpu "$gpu" --print-gpu
     cp out "$gpu.gpu"
@@ -160,7 +168,9 @@ has '^mkgen: bad.gpu:1: ' err 'a bad GPU file'
 # ---- mkgen: what it writes ----
 
 run 0 mkgen -m "$toy" -a 90 --dump-plan -q
-[ -s out ] || fail "--dump-plan prints nothing"
+for section in choices groups phases hops memory; do
+    has "^\[$section\]$" out --dump-plan
+done
 [ -z "$(ls ./*.cu 2>/dev/null)" ] || fail "--dump-plan wrote a source that nobody asked for"
 
 emission()

@@ -164,6 +164,8 @@ static void add_few(void)
             add_toy(toys[i % 5], archs[i], NULL);
     add_toy("toy-qwen3", 90, "unroll_layers=loop");
     add_toy("toy-qwen3-e128", 90, "dtype=fp16");
+    add_toy("toy-qwen2", 90, "cluster=l2");
+    add_toy("toy-smol", 90, "timing=on");
 }
 
 /* The whole matrix, or part I of N: "i/n", from 1. */

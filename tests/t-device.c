@@ -84,6 +84,20 @@ static void test_open_errors(void)
                      "cuStreamCreate: CUDA_ERROR_OUT_OF_MEMORY (said the fake)");
 }
 
+/* Pretending FAKE, N clusters of each size fit. */
+static void check_clusters(const char *fake, int n)
+{
+    struct rt_device *d;
+    struct gen_gpu g;
+
+    pretend(fake);
+    CHECK(rt_device_open("gpu", 0, &d, &err) == 0);
+    rt_device_facts(d, &g);
+    for (int i = 1; i < 5; i++)
+        CHECKF(g.clusters[i] == n, "%s: %d of %d", fake, g.clusters[i], 1 << i);
+    rt_device_close(d);
+}
+
 static void test_facts(void)
 {
     struct rt_device *d;
@@ -98,10 +112,16 @@ static void test_facts(void)
     CHECK(g.arch == 121 && g.sms == 48 && g.smem_block == 232448 && g.smem_sm == 233472);
     CHECK(g.l2_bytes == 62914560 && g.clock_mhz == 1980 && g.mem_gbps == 4916);
     CHECK(g.mem_bytes == 1 << 30);
-    for (int i = 0; i < 5; i++)
+    CHECK(g.clusters[0] == 48);
+    for (int i = 1; i < 5; i++)
         CHECK(g.clusters[i] == 0);
     CHECK(rt_device_clock(d) == 0);
     rt_device_close(d);
+    check_clusters("clusters=3", 3);
+    check_clusters("clusters=3,arch=89", 0);
+    check_clusters("clusters=3,cuModuleLoadData=222", 0); /* no kernel to ask with */
+    check_clusters("clusters=3,cuFuncSetAttribute=1", 0);
+    check_clusters("clusters=3,cuOccupancyMaxActiveClusters=1", 0);
     rt_device_close(NULL);
 }
 
@@ -242,7 +262,36 @@ static void test_module(void)
     rt_device_close(d);
 }
 
-static void test_launch(void)
+/* Attribute 4 is the cluster's size, 2 says cooperative. */
+static void check_cluster_launch(struct rt_device *d, rt_func f, void **params,
+                                 const char *fake_launch)
+{
+    pretend("clusters=3");
+    CHECK(rt_launch(d, f, 24, 288, 1024, 1, 8, params, &err) == 0);
+    CHECK_STR(fake_launch, "24 x 288, 1024 bytes, 4 = 8, 2 = 1");
+    CHECK(rt_launch(d, f, 48, 288, 1024, 1, 16, params, &err) == 0);
+    CHECK_STR(fake_launch, "48 x 288, 1024 bytes, 4 = 16, 2 = 1");
+    CHECK(rt_launch(d, f, 64, 288, 1024, 0, 2, params, &err) == 0);
+    CHECK_STR(fake_launch, "64 x 288, 1024 bytes, 4 = 2");
+    CHECK(rt_launch(d, f, 32, 288, 1024, 1, 8, params, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "the cooperative grid has 4 clusters of 8 blocks of 288 threads and 1024 "
+              "bytes of shared memory; 3 such clusters fit on Fake GPU (0) X0 at once");
+    CHECK(rt_launch(d, f, 20, 288, 1024, 1, 8, params, &err) == MK_EINVAL);
+    CHECK_STR(err.text, "cannot launch 20 blocks in clusters of 8");
+    pretend("clusters=3,cuLaunchKernelEx=719");
+    CHECK(rt_launch(d, f, 24, 288, 1024, 1, 8, params, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "24 blocks of 288 threads and 1024 bytes of shared memory: "
+              "cuLaunchKernelEx: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+    /* A cluster of 16 is asked for with an attribute of the kernel. */
+    pretend("clusters=3,cuFuncSetAttribute=1");
+    CHECK(rt_launch(d, f, 24, 288, 1024, 1, 8, params, &err) == 0);
+    CHECK(rt_launch(d, f, 48, 288, 1024, 1, 16, params, &err) == MK_EDEVICE);
+    pretend("clusters=3,cuOccupancyMaxActiveClusters=719");
+    CHECK(rt_launch(d, f, 24, 288, 1024, 1, 8, params, &err) == MK_EDEVICE);
+    CHECK_STR(err.text, "cuOccupancyMaxActiveClusters: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+}
+
+static void test_launch(const char *fake_launch)
 {
     unsigned char cubin[256];
     struct rt_device *d;
@@ -255,21 +304,22 @@ static void test_launch(void)
     CHECK(rt_device_open("gpu", 0, &d, &err) == 0);
     CHECK(rt_module_load(d, cubin, n, &m, &err) == 0);
     CHECK(rt_module_func(d, m, "mk_forward", 1024, &f, &err) == 0);
-    CHECK(rt_launch(d, f, 8, 256, 1024, 1, params, &err) == 0);
-    CHECK(rt_launch(d, f, 9, 256, 1024, 0, params, &err) == 0);
-    CHECK(rt_launch(d, f, 9, 256, 1024, 1, params, &err) == MK_EDEVICE);
+    CHECK(rt_launch(d, f, 8, 256, 1024, 1, 0, params, &err) == 0);
+    CHECK(rt_launch(d, f, 9, 256, 1024, 0, 1, params, &err) == 0);
+    CHECK(rt_launch(d, f, 9, 256, 1024, 1, 1, params, &err) == MK_EDEVICE);
     CHECK_STR(err.text, "the cooperative grid has 9 blocks of 256 threads and 1024 bytes of "
               "shared memory; 8 such blocks fit on Fake GPU (0) X0 at once");
-    CHECK(rt_launch(d, f, 0, 256, 1024, 1, params, &err) == MK_EINVAL);
+    CHECK(rt_launch(d, f, 0, 256, 1024, 1, 0, params, &err) == MK_EINVAL);
     CHECK_STR(err.text, "cannot launch 0 blocks of 256 threads with 1024 bytes of shared memory");
     pretend("cuLaunchKernel=701");
-    CHECK(rt_launch(d, f, 8, 256, 1024, 0, params, &err) == MK_EDEVICE);
+    CHECK(rt_launch(d, f, 8, 256, 1024, 0, 0, params, &err) == MK_EDEVICE);
     CHECK_STR(err.text, "8 blocks of 256 threads and 1024 bytes of shared memory: cuLaunchKernel: "
               "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (said the fake)");
     pretend("cuLaunchCooperativeKernel=719,fit=2");
-    CHECK(rt_launch(d, f, 8, 256, 1024, 1, params, &err) == MK_EDEVICE);
+    CHECK(rt_launch(d, f, 8, 256, 1024, 1, 0, params, &err) == MK_EDEVICE);
     CHECK_STR(err.text, "8 blocks of 256 threads and 1024 bytes of shared memory: "
               "cuLaunchCooperativeKernel: CUDA_ERROR_LAUNCH_FAILED (said the fake)");
+    check_cluster_launch(d, f, params, fake_launch);
     pretend("");
     rt_module_free(d, m);
     rt_device_close(d);
@@ -476,7 +526,7 @@ static void test_too_little_memory(void)
                         "Fake GPU (0) X0 has 0.06 GB free");
     check_session_fails(e, "memory=75600000",
                         "toy-qwen3 with a context of 512 needs 0.08 GB of device memory; "
-                        "Fake GPU (0) X0 has 0.08 GB free, enough for a context of 266");
+                        "Fake GPU (0) X0 has 0.08 GB free, enough for a context of 257");
     rt_engine_close(e);
     rt_weights_close(w);
 }
@@ -498,9 +548,9 @@ int main(void)
     test_too_little_memory();
     test_stream();
     test_module();
-    test_launch();
-    test_other_thread();
     lib = dlopen(path, RTLD_NOW);
+    test_launch(lib ? dlsym(lib, "fake_launch") : NULL);
+    test_other_thread();
     live = lib ? dlsym(lib, "fake_cuda_live") : NULL;
     test_host_errors(path);
     test_host(lib ? dlsym(lib, "fake_host") : NULL);

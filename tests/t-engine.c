@@ -1,14 +1,17 @@
 /* t-engine.c - the emitted kernels against the oracle (cpu.h), with plans that reach every path:
    on the emulated GPU at toy size, for every family of architectures, and on the GPU where there
    is one.  What is the same arithmetic must be the same bits: packed weights, repeated runs,
-   layers as list and loop, numbers of CTAs, rings, architectures of the emulated GPU.
-     t-engine                            all of it
-     t-engine MODEL SETTINGS [DEVICE]    one world
-     t-engine --compare                  the GPU's logits against those of the emulated GPU
+   layers as list and loop, hops in clusters and through L2, rings, architectures of the emulated
+   GPU; numbers of CTAs in prefill.
+     t-engine                                    all of it
+     t-engine MODEL SETTINGS [DEVICE [SHAPE]]    one world
+     t-engine --compare                          the GPU's logits against those of the emulated GPU
    Exit 77 with neither device. */
 #include "config.h"
 
 #include <stdint.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "runtime/abi.h"
@@ -21,19 +24,20 @@
 
 enum { MOST_STEPS = 96, MOST_SETTINGS = 16 };
 
-/* How much of a world is run. */
+/* How much of a world is run.  The KV cache's last tile is not full, and no tile of prefill is. */
 struct scale {
     int context, steps; /* positions; of them decoded one by one from the start */
     int tail;           /* the last positions of a full context */
     int sampled;        /* tokens of each sampler */
-    int lengths[16];    /* of prefill, around the tiles' edges, below steps; 0: no more */
+    int lengths[16];    /* of prefill, around the tiles' edges, below context; 0: no more */
 };
 static const struct scale
-    gpu_scale = {512, 96, 40, 40, {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 95}},
-    host_scale = {64, 18, 3, 6, {1, 8, 17}};
+    gpu_scale = {509, 96, 40, 40, {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 95, 129}},
+    host_scale = {90, 18, 3, 6, {1, 8, 17}};
 
 struct setup {
     const char *device, *model, *settings;
+    const char *shape; /* of the model, other than in its config: "H=8 K=1"; or NULL */
 };
 
 struct world {
@@ -45,7 +49,7 @@ struct world {
     struct rt_session *session;
     struct rt_cpu *cpu;
     int32_t *tokens;   /* [context] */
-    float *want, *got; /* [steps][V] */
+    float *want, *got; /* logits [context][V] */
 };
 
 static const struct scale *scale_of(const struct setup *setup)
@@ -69,6 +73,28 @@ static const char *const *split_settings(const char *settings)
     return list;
 }
 
+/* Change M as SHAPE says. */
+static int reshape(struct gen_model *m, const char *shape, struct mk_err *err)
+{
+    const struct {
+        const char *name;
+        int *at;
+    } sizes[] = {{"D", &m->D}, {"H", &m->H}, {"K", &m->K},
+                 {"E", &m->E}, {"F", &m->F}, {"C", &m->max_context}};
+    char name[8];
+    int value, used, known;
+
+    for (; shape && sscanf(shape, " %7[A-Z]=%d%n", name, &value, &used) == 2; shape += used) {
+        known = 0;
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+            if (!strcmp(sizes[i].name, name))
+                *sizes[i].at = value, known = 1;
+        if (!known)
+            return gen_fail(err, MK_EINVAL, "no size %s", name);
+    }
+    return !shape || !*shape ? 0 : gen_fail(err, MK_EINVAL, "shape: %s", shape);
+}
+
 static void world_close(struct world *w)
 {
     rt_session_free(w->session);
@@ -80,11 +106,11 @@ static void world_close(struct world *w)
     free(w->got);
 }
 
-static int read_weights(struct world *w, const char *path, struct mk_err *err)
+static int read_weights(struct world *w, const char *path, int made, struct mk_err *err)
 {
     char file[4200];
 
-    for (int shards = 0; shards < 2; shards++) {
+    for (int shards = 0; shards < 2 && !made; shards++) {
         snprintf(file, sizeof file, "%s/model.safetensors%s", path, shards ? ".index.json" : "");
         if (access(file, R_OK) == 0)
             return rt_weights_open(path, &w->model, &w->weights, err);
@@ -95,7 +121,7 @@ static int read_weights(struct world *w, const char *path, struct mk_err *err)
 /* The oracle and what it is asked. */
 static int make_oracle(struct world *w, struct mk_err *err)
 {
-    const size_t logits = (size_t) w->scale->steps * (size_t) w->model.V;
+    const size_t logits = (size_t) w->scale->context * (size_t) w->model.V;
 
     w->tokens = calloc((size_t) w->scale->context, sizeof *w->tokens);
     w->want = calloc(logits, sizeof *w->want);
@@ -104,8 +130,10 @@ static int make_oracle(struct world *w, struct mk_err *err)
         return gen_fail(err, MK_ENOMEM, "no memory");
     for (int i = 0; i < w->scale->context; i++)
         w->tokens[i] = (int32_t) (rt_sample_hash(3, (uint32_t) i, 0) % (uint64_t) w->model.V);
-    return rt_cpu_make(&w->model, w->weights, rt_session_plan(w->session)->dtype, 1,
-                       w->scale->context, 0, &w->cpu, err);
+    int rc = rt_cpu_make(&w->model, w->weights, rt_session_plan(w->session)->dtype, 1,
+                         w->scale->context, 0, &w->cpu, err);
+    return rc ? rc
+              : rt_cpu_run(w->cpu, w->tokens, w->scale->context, 0, w->want, 1, NULL, err);
 }
 
 static int world_open(struct world *w, const struct setup *setup, const struct scale *scale)
@@ -123,7 +151,9 @@ static int world_open(struct world *w, const struct setup *setup, const struct s
     snprintf(path, sizeof path, "%s/%s", srcdir ? srcdir : ".", setup->model);
     rc = gen_model_read(path, &w->model, &err);
     if (rc == 0)
-        rc = read_weights(w, path, &err);
+        rc = reshape(&w->model, setup->shape, &err);
+    if (rc == 0)
+        rc = read_weights(w, path, setup->shape != NULL, &err);
     if (rc == 0)
         rc = rt_engine_open(&w->model, w->weights, &options, &w->engine, &err);
     if (rc == 0)
@@ -134,10 +164,10 @@ static int world_open(struct world *w, const struct setup *setup, const struct s
     return rc;
 }
 
-/* Every KV row of every layer becomes NaN. */
-static void poison(struct world *w)
+/* The KV rows of every layer from position FROM on become NaN. */
+static void poison(struct world *w, int from)
 {
-    const size_t n = (size_t) w->scale->context * (size_t) w->model.E;
+    const size_t n = (size_t) (w->scale->context - from) * (size_t) w->model.E;
     uint16_t *nan_rows = malloc(n * sizeof *nan_rows);
     struct mk_err err;
     int rc = 0;
@@ -147,8 +177,8 @@ static void poison(struct world *w)
     for (int layer = 0; layer < w->model.L; layer++)
         for (int head = 0; head < w->model.K; head++)
             for (int which = 0; which < 2; which++)
-                rc |= rt_session_kv_put(w->session, layer, head, which, 0, w->scale->context,
-                                        nan_rows, &err);
+                rc |= rt_session_kv_put(w->session, layer, head, which, from,
+                                        w->scale->context - from, nan_rows, &err);
     CHECK(rc == 0);
     free(nan_rows);
 }
@@ -204,6 +234,47 @@ static struct difference compare(const float *got, const float *want, int n, int
     return d;
 }
 
+/* The rows of positions 0 .. n-1 in the KV cache are the oracle's, but for roundings. */
+static void check_rows(struct world *w, int n, const char *who)
+{
+    const struct gen_model *m = &w->model;
+    const int fp16 = rt_session_plan(w->session)->dtype == GEN_FP16;
+    uint16_t *rows = calloc((size_t) n * (size_t) m->E, sizeof *rows);
+    struct mk_err err = {0};
+    double worst = 0;
+
+    for (int i = 0; i < m->L * m->K * 2; i++) {
+        const int layer = i / 2 / m->K, head = i / 2 % m->K;
+        double squares = 0, most = 0;
+        CHECK(rt_session_kv_get(w->session, layer, head, i % 2, 0, n, rows, &err) == 0);
+        for (int k = 0; k < n * m->E; k++) {
+            const float got = fp16 ? rt_from_fp16(rows[k]) : rt_from_bf16(rows[k]);
+            const float want = rt_cpu_kv(w->cpu, layer, head, k / m->E, i % 2)[k % m->E];
+            const double apart = fabs((double) got - want);
+            squares += (double) want * want;
+            most = apart > most || isnan(apart) ? apart : most;
+        }
+        most /= sqrt(squares / n / m->E);
+        worst = most > worst || isnan(most) ? most : worst;
+    }
+    printf("%s: %s: %d rows: error %.4f\n", w->name, who, n, worst);
+    CHECKF(worst < 0.1, "%s: %s: of %d rows one is %g of their rms away", w->name, who, n, worst);
+    free(rows);
+}
+
+/* LOGITS of positions pos .. pos+n-1 against the oracle's. */
+static struct difference check_logits(const struct world *w, const float *logits, int pos, int n,
+                                      const char *who)
+{
+    const struct difference d =
+        compare(logits, w->want + (size_t) pos * (size_t) w->model.V, n, w->model.V);
+
+    CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong,
+           "%s: %s: %d positions from %d on: error %g, KL %g, %d wrong", w->name, who, n, pos,
+           d.max, d.kl, d.wrong);
+    return d;
+}
+
 /* Decode steps from position 0 on poisoned memory against the oracle, twice the same bits. */
 static void test_decode(struct world *w)
 {
@@ -211,15 +282,12 @@ static void test_decode(struct world *w)
     const size_t n = (size_t) steps * (size_t) w->model.V;
     float *again = calloc(n, sizeof *again);
     struct difference d;
-    struct mk_err err;
 
-    poison(w);
-    CHECK(rt_cpu_run(w->cpu, w->tokens, steps, 0, w->want, 1, NULL, &err) == 0);
+    poison(w, 0);
     if (device_logits(w, 0, steps, w->got) == 0) {
-        d = compare(w->got, w->want, steps, w->model.V);
+        d = check_logits(w, w->got, 0, steps, "decode");
         printf("%s: decode: error %.4f of the logits' rms, KL %.2e\n", w->name, d.max, d.kl);
-        CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong, "%s: decode: error %g, KL %g, %d wrong",
-               w->name, d.max, d.kl, d.wrong);
+        check_rows(w, steps, "decode");
         device_logits(w, 0, steps, again);
         CHECKF(!memcmp(w->got, again, n * sizeof *again), "%s: a second run has other bits",
                w->name);
@@ -227,65 +295,88 @@ static void test_decode(struct world *w)
     free(again);
 }
 
-/* Prefill of n tokens and one step against the oracle, for lengths around the tiles' edges, in
-   one piece and continued. */
+/* Prefill of n tokens in one piece or two, and one step. */
+static int prefill_and_step(struct world *w, int n, int pieces, float *logits)
+{
+    const int first = pieces == 1 ? 0 : n / 3;
+    struct mk_err err = {0};
+    int done, rc = 0;
+
+    poison(w, 0);
+    if (pieces == 2)
+        rc = rt_session_prefill(w->session, w->tokens, first, 0, &done, &err);
+    if (rc == 0)
+        rc = rt_session_prefill(w->session, w->tokens + first, n - first, first, &done, &err);
+    CHECKF(rc == 0, "%s: prefill of %d: %s", w->name, n, err.text);
+    return rc ? rc : device_logits(w, n, 1, logits);
+}
+
+/* Lengths around the tiles' edges, in one piece and continued: rows and the step that follows. */
 static void test_prefill(struct world *w)
 {
     float *logits = calloc((size_t) w->model.V, sizeof *logits);
-    struct mk_err err = {0};
     double worst = 0;
-    int done, rc;
+    int n = 0;
 
     for (const int *length = w->scale->lengths; *length; length++) {
-        const int n = *length, first = n / 3;
+        n = *length;
         for (int pieces = 1; pieces <= 2; pieces++) {
-            struct difference d;
-            poison(w);
-            rc = pieces == 1 ? 0 : rt_session_prefill(w->session, w->tokens, first, 0, &done, &err);
-            if (rc == 0)
-                rc = rt_session_prefill(w->session, w->tokens + (pieces == 1 ? 0 : first),
-                                        pieces == 1 ? n : n - first, pieces == 1 ? 0 : first, &done,
-                                        &err);
-            CHECKF(rc == 0, "%s: prefill of %d: %s", w->name, n, err.text);
-            if (rc || device_logits(w, n, 1, logits))
+            if (prefill_and_step(w, n, pieces, logits))
                 goto done;
-            d = compare(logits, w->want + (size_t) n * (size_t) w->model.V, 1, w->model.V);
-            worst = fmax(worst, d.max);
-            CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong,
-                   "%s: prefill of %d in %d pieces: error %g, KL %g", w->name, n, pieces, d.max,
-                   d.kl);
+            worst = fmax(worst, check_logits(w, logits, n, 1, "prefill").max);
         }
     }
+    check_rows(w, n, "prefill");
     printf("%s: prefill: error %.4f\n", w->name, worst);
 done:
     free(logits);
 }
 
-/* The last position of a full context, reached by prefill. */
-static void test_full(struct world *w)
+/* Decode N positions from POS on, of a cache whose rows end there. */
+static double test_steps(struct world *w, int pos, int n)
 {
-    const int last = w->scale->context - 1, tail = w->scale->tail, V = w->model.V;
-    float *logits = calloc((size_t) V, sizeof *logits), *want = calloc((size_t) V, sizeof *want);
-    struct mk_err err = {0};
-    struct difference d;
-    int done, rc;
+    poison(w, pos);
+    if (device_logits(w, pos, n, w->got))
+        return INFINITY;
+    return check_logits(w, w->got, pos, n, "steps").max;
+}
 
-    poison(w);
-    CHECK(rt_cpu_run(w->cpu, w->tokens, last + 1, 0, want, 0, NULL, &err) == 0);
+/* Does POS begin a KV tile that is worth a look: one of the first, or the first one in each round
+   of the group's ranks? */
+static int is_edge(const struct gen_plan *p, int pos)
+{
+    const int tile = pos / p->kv_tile;
+
+    return pos % p->kv_tile == 0 && (tile <= 2 || tile % (p->group > 1 ? p->group : 2) == 0);
+}
+
+/* A full context, reached by prefill: its last position, its last positions in steps, and those
+   around edges of KV tiles, from behind. */
+static void test_context(struct world *w)
+{
+    const struct gen_plan *p = rt_session_plan(w->session);
+    const int last = w->scale->context - 1;
+    struct mk_err err = {0};
+    double worst;
+    int done, rc, edges = 0;
+
+    if (!last)
+        return;
+    poison(w, 0);
     rc = rt_session_prefill(w->session, w->tokens, last, 0, &done, &err);
     CHECKF(rc == 0 && done == last, "%s: full: %s", w->name, err.text);
-    if (rc == 0 && device_logits(w, last, 1, logits) == 0) {
-        d = compare(logits, want, 1, V);
-        CHECKF(d.max < 0.08 && d.kl < 1e-3 && !d.wrong, "%s: last position: error %g, KL %g",
-               w->name, d.max, d.kl);
-        /* and the rows in between, in decode steps over a split context */
-        device_logits(w, last + 1 - tail, tail, w->got);
-        d = compare(w->got + (size_t) (tail - 1) * (size_t) V, want, 1, V);
-        CHECKF(d.max < 0.08 && d.kl < 1e-3, "%s: last position after steps: error %g, KL %g",
-               w->name, d.max, d.kl);
-    }
-    free(logits);
-    free(want);
+    if (rc)
+        return;
+    check_rows(w, last, "full");
+    worst = test_steps(w, last, 1);
+    worst = fmax(worst, test_steps(w, last + 1 - w->scale->tail, w->scale->tail));
+    for (int pos = last - 1; pos > 0; pos--)
+        if (is_edge(p, pos)) {
+            worst = fmax(worst, test_steps(w, pos - 1, 3));
+            edges++;
+        }
+    printf("%s: %d positions, %d edges of tiles of %d for %d ranks: error %.4f\n", w->name,
+           w->scale->context, edges, p->kv_tile, p->group, worst);
 }
 
 struct taken {
@@ -380,68 +471,186 @@ static void test_stopping(struct world *w)
 
 /* ---- The same arithmetic, the same bits ------------------------------------ */
 
-/* Where block BLOCK of a phase begins in the streams; LAYER = L: the head. */
-static int64_t block_offset(const struct gen_plan *p, int layer, int phase, int block)
-{
-    const struct gen_phase *f = &p->phase[phase];
-    const int dealt = block / f->step;
+/* What the streams must hold of one matrix: rows in the order of its blocks, filled up with zeros
+   to whole pairs and units. */
+struct matrix {
+    uint16_t *at;         /* [rows][cols] */
+    unsigned char *taken; /* [rows / 8][cols / 32]: units found */
+    int rows, cols;
+};
 
-    return (int64_t) (dealt % p->ctas) * p->cta_bytes + f->offset +
-           (layer < p->model.L ? layer * p->layer_bytes : p->head_offset) +
-           (int64_t) (dealt / p->ctas * f->step + block % f->step) * f->units * 512;
+static void matrix_free(struct matrix *m)
+{
+    free(m->at);
+    free(m->taken);
 }
 
-/* Elements of blocks BLOCK0, BLOCK0 + STEP, ... of a phase that are not those of TENSOR. */
-static int count_wrong(const struct world *w, const uint16_t *stream, int tensor, int layer,
-                       int phase, int block0, int step)
+/* Rows of TENSOR become blocks BLOCK0, BLOCK0 + STEP, ... */
+static void matrix_put(struct matrix *m, const struct world *w, int tensor, int layer, int block0,
+                       int step)
 {
-    const struct gen_plan *p = rt_session_plan(w->session);
-    const int padded = p->phase[phase].units * 32;
-    float *row = calloc((size_t) padded, sizeof *row);
-    int rows, cols, wrong = 0;
+    const int fp16 = rt_session_plan(w->session)->dtype == GEN_FP16;
+    float *row = calloc((size_t) m->cols, sizeof *row);
+    int rows, cols;
 
     rt_weights_shape(&w->model, tensor, &rows, &cols);
-    for (int r = 0; r < (rows + 7) / 8 * 8; r++) {
-        const int64_t at = block_offset(p, layer, phase, block0 + r / 8 * step) / 2 + r % 8 * 8;
-        memset(row, 0, (size_t) padded * sizeof *row);
-        if (r < rows)
-            rt_weights_get(w->weights, tensor, layer < w->model.L ? layer : 0, (int64_t) r * cols,
-                           cols, row);
-        for (int c = 0; c < padded; c++) {
-            const uint16_t want = p->dtype == GEN_FP16 ? rt_to_fp16(row[c]) : rt_to_bf16(row[c]);
-            wrong += stream[at + c / 8 * 64 + c % 8] != want;
-        }
+    for (int r = 0; r < rows; r++) {
+        uint16_t *to = m->at + (size_t) ((block0 + r / 8 * step) * 8 + r % 8) * (size_t) m->cols;
+        rt_weights_get(w->weights, tensor, layer, (int64_t) r * cols, cols, row);
+        for (int c = 0; c < cols; c++)
+            to[c] = fp16 ? rt_to_fp16(row[c]) : rt_to_bf16(row[c]);
     }
     free(row);
+}
+
+static struct matrix matrix_make(const struct world *w, int phase, int layer)
+{
+    const struct gen_plan *p = rt_session_plan(w->session);
+    const struct gen_model *m = &w->model;
+    const int rows[GEN_PHASES] = {p->phase[GEN_QKV].blocks * 8, p->pairs * 16,
+                                  p->phase[GEN_DOWN].units * 64, p->pairs * 16,
+                                  p->phase[GEN_HEAD].blocks * 8};
+    struct matrix x = {.rows = rows[phase], .cols = p->phase[phase].units * 32};
+
+    x.at = calloc((size_t) x.rows * (size_t) x.cols, sizeof *x.at);
+    x.taken = calloc((size_t) x.rows / 8 * (size_t) x.cols / 32, 1);
+    if (phase == GEN_QKV) {
+        matrix_put(&x, w, RT_Q, layer, 0, 1);
+        matrix_put(&x, w, RT_K, layer, m->H * m->E / 8, 1);
+        matrix_put(&x, w, RT_V, layer, (m->H + m->K) * m->E / 8, 1);
+    } else if (phase == GEN_MLP) {
+        matrix_put(&x, w, RT_GATE, layer, 0, 2);
+        matrix_put(&x, w, RT_UP, layer, 1, 2);
+    } else {
+        matrix_put(&x, w, phase == GEN_O ? RT_O : phase == GEN_DOWN ? RT_DOWN : m->tied ? RT_EMBED
+                                                                                        : RT_HEAD,
+                   layer, 0, 1);
+    }
+    return x;
+}
+
+/* The next 512 bytes of a stream must be unit UNIT of block BLOCK: 4 tiles, and tile j of each row
+   has columns 2 j and 2 j + 1 of each 8 of the 32.  What was looked at becomes zeros. */
+static int take_unit(struct matrix *m, int block, int unit, uint16_t **stream)
+{
+    const uint16_t *from = m->at + (size_t) block * 8 * (size_t) m->cols + unit * 32;
+    int wrong = m->taken[block * (m->cols / 32) + unit]++;
+
+    for (int i = 0; i < 256; i++) {
+        const int tile = i / 64, row = i / 8 % 8, at = i % 8;
+        wrong += (*stream)[i] != from[row * m->cols + at / 2 * 8 + tile * 2 + at % 2];
+        (*stream)[i] = 0;
+    }
+    *stream += 256;
     return wrong;
 }
 
-static void check_streams(const struct world *w, const uint16_t *stream)
+static int take_block(struct matrix *m, int block, uint16_t **stream)
 {
-    const struct gen_model *m = &w->model;
-    const int head = m->E / 8;
-    const struct {
-        int tensor, phase, block0, step;
-    } places[] = {
-        {RT_Q, GEN_QKV, 0, 1},
-        {RT_K, GEN_QKV, m->H * head, 1},
-        {RT_V, GEN_QKV, (m->H + m->K) * head, 1},
-        {RT_O, GEN_O, 0, 1},
-        {RT_GATE, GEN_MLP, 0, 2},
-        {RT_UP, GEN_MLP, 1, 2},
-        {RT_DOWN, GEN_DOWN, 0, 1},
-    };
-    int wrong;
+    int wrong = 0;
 
-    for (int layer = 0; layer < m->L; layer++)
-        for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
-            wrong = count_wrong(w, stream, places[i].tensor, layer, places[i].phase,
-                                places[i].block0, places[i].step);
-            CHECKF(!wrong, "%s: tensor %d of layer %d: %d elements are packed wrongly", w->name,
-                   places[i].tensor, layer, wrong);
+    for (int unit = 0; unit < m->cols / 32; unit++)
+        wrong += take_unit(m, block, unit, stream);
+    return wrong;
+}
+
+/* Pairs of rows of rank RANK, their columns UNIT0 .. UNIT0+UNITS-1 in units: set by set. */
+static int take_columns(const struct gen_plan *p, struct matrix *m, int rank, int unit0, int units,
+                        uint16_t *stream)
+{
+    const int n = (p->pairs - rank + p->group - 1) / p->group;
+    int wrong = 0, pairs;
+
+    for (int set = 0, first = 0; set < p->sets; set++, first += pairs) {
+        pairs = n / p->sets + (set < n % p->sets);
+        for (int unit = unit0; unit < unit0 + units; unit++)
+            for (int i = first * 2; i < (first + pairs) * 2; i++)
+                wrong += take_unit(m, (i / 2 * p->group + rank) * 2 + i % 2, unit, &stream);
+    }
+    return wrong;
+}
+
+/* Blocks of a KV head's queries, its key and its value, of all heads from HEAD0 on: number I. */
+static int qkv_block(const struct gen_model *m, int head0, int i)
+{
+    const int ratio = m->H / m->K, e = m->E / 8, head = head0 + i / ((ratio + 2) * e);
+    const int row = i / e % (ratio + 2); /* a query, the key, or the value */
+    const int of_all = row < ratio ? head * ratio + row : m->H + (row - ratio) * m->K + head;
+
+    return of_all * e + i % e;
+}
+
+/* One layer of the stream of CTA. */
+static int take_layer(const struct world *w, struct matrix m[GEN_PHASES], int cta,
+                      unsigned char *layer)
+{
+    const struct gen_plan *p = rt_session_plan(w->session);
+    const struct gen_class *c = gen_plan_class(p, cta / p->group);
+    const int nth = cta / p->group - c->first, rank = cta % p->group;
+    const int ratio = w->model.H / w->model.K;
+    const int head0 = c->head0 + nth * c->heads, unit0 = c->unit0 + nth * c->units;
+    const int o_units = ratio * w->model.E / 32; /* of a KV head */
+    uint16_t *at = (uint16_t *) layer;
+    int wrong = 0;
+
+    for (int i = rank; i < c->heads * (ratio + 2) * w->model.E / 8; i += p->group)
+        wrong += take_block(&m[GEN_QKV], qkv_block(&w->model, head0, i), &at);
+    wrong += take_columns(p, &m[GEN_O], rank, head0 * o_units, c->heads * o_units,
+                          (uint16_t *) (layer + c->o));
+    at = (uint16_t *) (layer + c->mlp);
+    for (int i = unit0 * 4 + rank; i < (unit0 + c->units) * 4; i += p->group) {
+        wrong += take_block(&m[GEN_MLP], i * 2, &at);
+        wrong += take_block(&m[GEN_MLP], i * 2 + 1, &at);
+    }
+    return wrong + take_columns(p, &m[GEN_DOWN], rank, unit0, c->units,
+                                (uint16_t *) (layer + c->down));
+}
+
+/* All that was to be found has been found once. */
+static int count_missing(const struct matrix *m)
+{
+    int missing = 0;
+
+    for (int i = 0; i < m->rows / 8 * (m->cols / 32); i++)
+        missing += m->taken[i] != 1;
+    return missing;
+}
+
+/* The streams, read as decode reads them, have each matrix once and else nothing but zeros. */
+static void check_streams(const struct world *w, unsigned char *stream)
+{
+    const struct gen_plan *p = rt_session_plan(w->session);
+    struct matrix head = matrix_make(w, GEN_HEAD, 0), m[GEN_PHASES];
+    int64_t other = 0;
+    int wrong, missing;
+
+    for (int layer = 0; layer < w->model.L; layer++) {
+        wrong = missing = 0;
+        for (int phase = 0; phase < GEN_HEAD; phase++)
+            m[phase] = matrix_make(w, phase, layer);
+        for (int cta = 0; cta < p->ctas; cta++) {
+            const int64_t bytes = gen_plan_class(p, cta / p->group)->layer_bytes;
+            wrong += take_layer(w, m, cta,
+                                stream + cta * p->cta_bytes + p->layers_offset + layer * bytes);
         }
-    wrong = count_wrong(w, stream, m->tied ? RT_EMBED : RT_HEAD, m->L, GEN_HEAD, 0, 1);
+        for (int phase = 0; phase < GEN_HEAD; phase++) {
+            missing += count_missing(&m[phase]);
+            matrix_free(&m[phase]);
+        }
+        CHECKF(!wrong && !missing, "%s: layer %d: %d elements are packed wrongly, %d units not",
+               w->name, layer, wrong, missing);
+    }
+    wrong = 0;
+    for (int block = 0; block < p->phase[GEN_HEAD].blocks; block++) {
+        uint16_t *at = (uint16_t *) (stream + block % p->ctas * p->cta_bytes) +
+                       (size_t) (block / p->ctas) * (size_t) head.cols * 8;
+        wrong += take_block(&head, block, &at);
+    }
     CHECKF(!wrong, "%s: the head: %d elements are packed wrongly", w->name, wrong);
+    for (int64_t i = 0; i < p->stream_bytes; i++)
+        other += stream[i] != 0;
+    CHECKF(!other, "%s: %lld bytes of the streams belong to nothing", w->name, (long long) other);
+    matrix_free(&head);
 }
 
 /* An untied embedding lies row-major. */
@@ -481,7 +690,8 @@ static void test_pack(struct world *w)
 {
     const struct gen_plan *p = rt_session_plan(w->session);
     struct rt_device *d = rt_engine_device(w->engine);
-    uint16_t *stream = malloc((size_t) p->stream_bytes), *embed = malloc((size_t) p->embed_bytes);
+    unsigned char *stream = malloc((size_t) p->stream_bytes);
+    uint16_t *embed = malloc((size_t) p->embed_bytes);
     struct rt_pack_job job = {.device = d, .plan = p, .weights = w->weights};
     struct rt_packed packed = {0};
     struct mk_err err = {0};
@@ -510,41 +720,59 @@ enum { SAME_PROMPT = 19, SAME_STEPS = 6, SAME_ROWS = SAME_PROMPT + SAME_STEPS };
 
 struct bits { /* what a world gave */
     float *logits;
-    uint16_t *kv;
-    size_t n_logits, n_kv;
+    uint16_t *prompt, *kv; /* rows that prefill wrote; all */
+    size_t n_logits, n_prompt, n_kv;
+    int ctas, group;
 };
 
 static void bits_free(struct bits *b)
 {
     free(b->logits);
+    free(b->prompt);
     free(b->kv);
+}
+
+/* The first N rows of each layer and head. */
+static uint16_t *take_rows(struct world *w, int n, size_t *n_rows)
+{
+    const struct gen_model *m = &w->model;
+    const size_t head = (size_t) n * (size_t) m->E;
+    uint16_t *rows = calloc(head * (size_t) (2 * m->K * m->L), sizeof *rows);
+    struct mk_err err = {0};
+    int rc = 0;
+
+    *n_rows = head * (size_t) (2 * m->K * m->L);
+    for (int i = 0; rc == 0 && i < m->L * m->K * 2; i++)
+        rc = rt_session_kv_get(w->session, i / 2 / m->K, i / 2 % m->K, i % 2, 0, n,
+                               rows + head * (size_t) i, &err);
+    CHECKF(rc == 0, "%s: %s", w->name, err.text);
+    return rows;
 }
 
 /* Prefill and decode from clean memory. */
 static void take_bits(struct world *w, struct bits *b)
 {
-    const struct gen_model *m = &w->model;
-    const size_t head = (size_t) SAME_ROWS * (size_t) m->E;
+    const struct gen_plan *p = rt_session_plan(w->session);
     struct mk_err err = {0};
     int done, rc;
 
-    b->n_logits = (size_t) SAME_STEPS * (size_t) m->V;
-    b->n_kv = head * (size_t) (2 * m->K * m->L);
+    b->ctas = p->ctas;
+    b->group = p->group;
+    b->n_logits = (size_t) SAME_STEPS * (size_t) w->model.V;
     b->logits = calloc(b->n_logits, sizeof *b->logits);
-    b->kv = calloc(b->n_kv, sizeof *b->kv);
-    poison(w);
+    CHECKF(SAME_ROWS <= p->kv_tile, "%s: attention is spread: tiles of %d", w->name, p->kv_tile);
+    poison(w, 0);
     rc = rt_session_prefill(w->session, w->tokens, SAME_PROMPT, 0, &done, &err);
     CHECKF(rc == 0, "%s: %s", w->name, err.text);
+    b->prompt = take_rows(w, SAME_PROMPT, &b->n_prompt);
     device_logits(w, SAME_PROMPT, SAME_STEPS, b->logits);
-    for (int i = 0; rc == 0 && i < m->L * m->K * 2; i++)
-        rc = rt_session_kv_get(w->session, i / 2 / m->K, i / 2 % m->K, i % 2, 0, SAME_ROWS,
-                               b->kv + head * (size_t) i, &err);
-    CHECKF(rc == 0, "%s: %s", w->name, err.text);
+    b->kv = take_rows(w, SAME_ROWS, &b->n_kv);
 }
 
-/* All of N setups of one model must give the same logits and KV rows.  What changes the order of
-   sums, and so the bits: warps, chunks that break a block elsewhere, splits of attention, and
-   sm_75, whose mma takes 8 columns at once. */
+/* All of N setups of one model must give the same rows in prefill, and those that have the same
+   groups the same logits and rows in decode.  What changes the order of sums, and so the bits:
+   warps, chunks that break a block elsewhere, and sm_75, whose mma takes 8 columns at once; in
+   decode also groups, and clusters where attention is spread over ranks: one rank has all of it. */
 static void test_same(const struct setup *setups, int n)
 {
     struct bits want = {0}, got;
@@ -557,10 +785,14 @@ static void test_same(const struct setup *setups, int n)
         if (rc == 0)
             take_bits(&w, i ? &got : &want);
         if (rc == 0 && i) {
-            CHECKF(!memcmp(got.kv, want.kv, want.n_kv * sizeof *want.kv), "%s %s: other KV rows",
-                   w.name, setups[i].settings);
-            CHECKF(!memcmp(got.logits, want.logits, want.n_logits * sizeof *want.logits),
-                   "%s %s: other logits", w.name, setups[i].settings);
+            CHECKF(!memcmp(got.prompt, want.prompt, want.n_prompt * sizeof *want.prompt),
+                   "%s %s: other KV rows", w.name, setups[i].settings);
+            if (got.ctas == want.ctas && got.group == want.group) {
+                CHECKF(!memcmp(got.kv, want.kv, want.n_kv * sizeof *want.kv),
+                       "%s %s: other KV rows in decode", w.name, setups[i].settings);
+                CHECKF(!memcmp(got.logits, want.logits, want.n_logits * sizeof *want.logits),
+                       "%s %s: other logits", w.name, setups[i].settings);
+            }
             bits_free(&got);
         }
         world_close(&w);
@@ -576,22 +808,27 @@ static void test_same(const struct setup *setups, int n)
 
 static const struct scale compare_scale = {64, 24, 0, 0, {0}};
 
-static const char *const compared[][2] = {
-    {"toy/tiny-qwen3", "ctas=4 warps=4 split_min=6"},
-    {"toy/tiny-llama", "ctas=3 warps=5 split_min=9 unroll_layers=loop dtype=fp16"},
-    {"toy/tiny-qwen2", "ctas=3 warps=7 chunk_bytes=1024 stages=3 inflight=2"},
-    {"toy/tiny-smol", "ctas=2 warps=4 split_min=5 unroll_layers=loop"},
-    {"toy/tiny-qwen3-e128", "ctas=4 warps=6 split_min=8"},
-    {"toy/toy-qwen3", "ctas=4 split_min=12"},
+/* Model, settings, and whether the groups are clusters where they can be. */
+static const struct {
+    const char *model, *settings;
+    int cluster;
+} compared[] = {
+    {"toy/tiny-qwen3", "ctas=4 group=2 warps=4 chunk_bytes=4096", 1},
+    {"toy/tiny-llama", "ctas=3 group=3 warps=5 unroll_layers=loop dtype=fp16 chunk_bytes=4096", 0},
+    {"toy/tiny-qwen2", "ctas=2 group=2 warps=7 chunk_bytes=1024 stages=3 inflight=2", 1},
+    {"toy/tiny-smol", "ctas=4 group=4 warps=4 chunk_bytes=4096 unroll_layers=loop", 1},
+    {"toy/tiny-qwen3-e128", "ctas=4 group=2 warps=6 chunk_bytes=8192 dtype=fp16", 0},
+    {"toy/toy-qwen3", "ctas=4 group=4 balance=1000", 1},
 };
 enum { COMPARED = sizeof compared / sizeof *compared, COMPARED_ALWAYS = 2 };
 
 /* Do the plans add up in the same order? */
 static int same_plan(const struct gen_plan *a, const struct gen_plan *b)
 {
-    return a->gpu.arch == b->gpu.arch && a->ctas == b->ctas && a->warps == b->warps &&
-           a->dtype == b->dtype && a->head_group == b->head_group && a->kv_ahead == b->kv_ahead &&
-           a->max_splits == b->max_splits && a->gemm_k == b->gemm_k && a->flash_n == b->flash_n &&
+    return a->gpu.arch == b->gpu.arch && a->ctas == b->ctas && a->group == b->group &&
+           a->cluster == b->cluster && a->warps == b->warps && a->dtype == b->dtype &&
+           a->kv_tile == b->kv_tile && a->sets == b->sets && a->gemm_k == b->gemm_k &&
+           a->flash_n == b->flash_n && !memcmp(a->cls, b->cls, sizeof a->cls) &&
            !memcmp(a->phase, b->phase, sizeof a->phase);
 }
 
@@ -604,7 +841,7 @@ static void compare_worlds(struct world *gpu, struct world *host, int from, cons
 
     for (int i = 0; i < 2 && rc == 0; i++) {
         struct world *w = i ? host : gpu;
-        poison(w);
+        poison(w, 0);
         rc = rt_session_prefill(w->session, w->tokens, from, 0, &done, &err);
         CHECKF(rc == 0, "%s: prefill: %s", w->name, err.text);
         if (rc == 0)
@@ -633,15 +870,19 @@ static void test_compare(int n)
     rt_device_close(d);
     snprintf(emulated, sizeof emulated, "host:sm_%d", facts.arch);
     for (int i = 0; i < n; i++) {
-        const struct setup setups[2] = {{"gpu", compared[i][0], compared[i][1]},
-                                        {emulated, compared[i][0], compared[i][1]}};
+        char settings[256];
+        const struct setup setups[2] = {{"gpu", compared[i].model, settings, NULL},
+                                        {emulated, compared[i].model, settings, NULL}};
         struct world gpu, host;
-        int rc = world_open(&gpu, &setups[0], &compare_scale);
+        int rc;
+        snprintf(settings, sizeof settings, "%s cluster=%s", compared[i].settings,
+                 compared[i].cluster && facts.clusters[1] ? "cluster" : "l2");
+        rc = world_open(&gpu, &setups[0], &compare_scale);
         if (world_open(&host, &setups[1], &compare_scale) == 0 && rc == 0) {
             CHECKF(same_plan(rt_session_plan(gpu.session), rt_session_plan(host.session)),
-                   "%s %s: the plans differ", gpu.name, compared[i][1]);
-            compare_worlds(&gpu, &host, 0, compared[i][1]);
-            compare_worlds(&gpu, &host, 17, compared[i][1]);
+                   "%s %s: the plans differ", gpu.name, settings);
+            compare_worlds(&gpu, &host, 0, settings);
+            compare_worlds(&gpu, &host, 17, settings);
         }
         world_close(&gpu);
         world_close(&host);
@@ -675,6 +916,73 @@ static void test_hang(const struct setup *setup)
     world_close(&w);
 }
 
+/* What the worlds have had so far: the lists below must not lose it. */
+#define KINDS(X) \
+    X(CLUSTERS) X(THROUGH_L2) X(L2_IN_SPITE_OF_CLUSTERS) X(ONE_GROUP) X(SEVERAL_GROUPS) \
+    X(GROUPS_OF_ONE) X(GROUPS_OF_THREE) X(NO_HEADS) X(ONE_HEAD) X(SEVERAL_HEADS) X(NO_UNITS) \
+    X(HEADS_AND_UNITS) X(UNEVEN_HEADS) X(UNEVEN_UNITS) X(UNEVEN_RANKS) X(SETS) X(UNEVEN_SETS) \
+    X(HALF_PAIR) X(HALF_UNIT) X(SPANS) X(SHORT_TILES) X(LONG_TILES) X(MORE_TILES_THAN_RANKS) \
+    X(BF16) X(FP16) X(E64) X(E128)
+#define KIND(name) name,
+#define KIND_TEXT(name) #name,
+enum { KINDS(KIND) KINDS_END };
+static int *had, *had_ratio; /* of both processes */
+
+static void note_groups(const struct gen_plan *p)
+{
+    for (int i = 0; i < p->n_classes; i++) {
+        const struct gen_class *c = &p->cls[i];
+        had[NO_HEADS] |= c->heads == 0;
+        had[ONE_HEAD] |= c->heads == 1;
+        had[SEVERAL_HEADS] |= c->heads > 1;
+        had[NO_UNITS] |= c->units == 0;
+        had[HEADS_AND_UNITS] |= c->heads && c->units;
+        had[UNEVEN_HEADS] |= c->heads && c->heads != p->cls[0].heads;
+        had[UNEVEN_UNITS] |= c->units && c->heads == p->cls[0].heads && c->units != p->cls[0].units;
+    }
+}
+
+static void note(const struct world *w)
+{
+    const struct gen_plan *p = rt_session_plan(w->session);
+    const struct gen_model *m = &p->model;
+
+    if (!had)
+        return;
+    note_groups(p);
+    had[CLUSTERS] |= p->cluster;
+    had[THROUGH_L2] |= !p->cluster;
+    had[L2_IN_SPITE_OF_CLUSTERS] |= !p->cluster && p->group > 1 && p->gpu.arch >= 90;
+    had[ONE_GROUP] |= p->groups == 1;
+    had[SEVERAL_GROUPS] |= p->groups > 1;
+    had[GROUPS_OF_ONE] |= p->group == 1;
+    had[GROUPS_OF_THREE] |= p->group == 3;
+    had[UNEVEN_RANKS] |= p->pairs % p->group != 0;
+    had[SETS] |= p->sets > 1;
+    had[UNEVEN_SETS] |= p->rank_pairs % p->sets != 0;
+    had[HALF_PAIR] |= m->D % 16 != 0;
+    had[HALF_UNIT] |= m->D % 32 != 0 && m->F % 32 != 0;
+    had[SPANS] |= p->phase[GEN_QKV].spans > 1;
+    had[SHORT_TILES] |= p->kv_tile == 16;
+    had[LONG_TILES] |= p->kv_tile > 16;
+    had[MORE_TILES_THAN_RANKS] |= w->scale->context > p->kv_tile * p->group;
+    had[BF16] |= p->dtype == GEN_BF16;
+    had[FP16] |= p->dtype == GEN_FP16;
+    had[E64] |= m->E == 64;
+    had[E128] |= m->E == 128;
+    had_ratio[m->H / m->K < 9 ? m->H / m->K : 9] = 1;
+}
+
+static void check_had(void)
+{
+    static const char *const names[] = {KINDS(KIND_TEXT)};
+
+    for (int i = 0; i < KINDS_END; i++)
+        CHECKF(had[i], "no world has had %s", names[i]);
+    for (int ratio = 1; ratio <= 9; ratio++)
+        CHECKF(had_ratio[ratio], "no world has had %d query heads of a KV head", ratio);
+}
+
 static void test_world(const struct setup *setup)
 {
     struct world w;
@@ -682,12 +990,61 @@ static void test_world(const struct setup *setup)
     printf("%s %s %s\n", setup->device, setup->model, setup->settings);
     fflush(stdout);
     if (world_open(&w, setup, scale_of(setup)) == 0) {
+        note(&w);
         test_pack(&w);
         test_decode(&w);
         test_prefill(&w);
-        test_full(&w);
+        test_context(&w);
         test_sampling(&w);
         test_stopping(&w);
+    }
+    world_close(&w);
+}
+
+/* Cycles of decode's stages, of a kernel that counts them: in each CTA, no more of them for the
+   ring than in all, and from zero again when they have been asked for. */
+static void test_laps(const struct setup *setup)
+{
+    struct world w;
+
+    printf("%s %s %s\n", setup->device, setup->model, setup->settings);
+    if (world_open(&w, setup, scale_of(setup)) == 0) {
+        const int ctas = rt_session_plan(w.session)->ctas;
+        uint64_t *laps = calloc((size_t) ctas * MK_LAP_COUNT * 2, sizeof *laps);
+        struct mk_err err = {0};
+        for (int run = 0; run < 2; run++) {
+            if (run == 0)
+                device_logits(&w, 0, 3, w.got);
+            CHECK(rt_session_laps(w.session, laps, &err) == 0);
+            for (int cta = 0; cta < ctas; cta++) {
+                const uint64_t *mine = laps + (size_t) cta * MK_LAP_COUNT * 2;
+                uint64_t sum = 0;
+                for (int i = 0; i < MK_LAP_COUNT; i++) {
+                    CHECKF(mine[i * 2] >= mine[i * 2 + 1], "%s: CTA %d, stage %d", w.name, cta, i);
+                    sum += mine[i * 2];
+                }
+                CHECKF(run ? sum == 0 : mine[MK_LAP_HEAD * 2] && mine[MK_LAP_NEXT * 2],
+                       "%s: CTA %d: %llu cycles", w.name, cta, (unsigned long long) sum);
+            }
+        }
+        check_logits(&w, w.got, 0, 3, "with clocks");
+        free(laps);
+    }
+    world_close(&w);
+}
+
+/* The parts in which shapes matter. */
+static void test_shape(const struct setup *setup)
+{
+    struct world w;
+
+    printf("%s %s %s, %s\n", setup->device, setup->model, setup->settings, setup->shape);
+    fflush(stdout);
+    if (world_open(&w, setup, scale_of(setup)) == 0) {
+        note(&w);
+        test_pack(&w);
+        test_decode(&w);
+        test_context(&w);
     }
     world_close(&w);
 }
@@ -707,70 +1064,197 @@ static void test_read(const struct setup *setup)
 
 #define COUNT(list) (int) (sizeof (list) / sizeof *(list))
 
-static void test_host(void)
+/* Every family as list and loop, bf16 and fp16; hops inside groups through L2 and in clusters; one
+   group and several, of 1 to 4 CTAs, without heads (0), with several (2), without MLP units (M);
+   ranks with more pairs of rows than others, and with two sets of them. */
+static void test_host_worlds(void)
 {
-    static const struct setup worlds[] = { /* every family as list and loop, bf16 and fp16 */
-        {"host:sm_75", "toy/tiny-qwen3", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
-        {"host:sm_75", "toy/tiny-smol", "ctas=3 warps=5 unroll_layers=loop split_min=9 stages=2"},
-        {"host:sm_80", "toy/tiny-qwen2", "ctas=3 warps=4 inflight=1 prefill_tokens=16"},
-        {"host:sm_80", "toy/tiny-llama",
-         "ctas=4 warps=6 unroll_layers=loop dtype=fp16 split_min=3 epoch0=2147483500"},
-        {"host:sm_90", "toy/tiny-qwen3", "ctas=4 warps=4 split_min=6 tokens_per_launch=3"},
+    static const struct setup worlds[] = {
+        {"host:sm_75", "toy/tiny-qwen3", "ctas=4 group=2 warps=4 tokens_per_launch=3", NULL},
+        {"host:sm_75", "toy/tiny-smol", /* 0 M */
+         "ctas=3 group=1 warps=5 unroll_layers=loop stages=2", NULL},
+        {"host:sm_80", "toy/tiny-qwen2",
+         "ctas=3 group=3 warps=4 inflight=1 prefill_tokens=16 chunk_bytes=4096", NULL},
+        {"host:sm_80", "toy/tiny-llama", /* 0 M */
+         "ctas=4 group=2 warps=6 unroll_layers=loop dtype=fp16 balance=1000 epoch0=2147483500",
+         NULL},
+        {"host:sm_90", "toy/tiny-qwen3",
+         "ctas=4 group=2 cluster=cluster warps=4 chunk_bytes=4096 tokens_per_launch=3", NULL},
         {"host:sm_90", "toy/tiny-qwen2",
-         "ctas=2 warps=7 unroll_layers=loop dtype=fp16 head_group=1 chunk_bytes=512 stages=2"},
-        {"host:sm_100", "toy/tiny-smol", "ctas=4 warps=4 split_min=2 round_blocks=2"},
-        {"host:sm_100", "toy/tiny-qwen3-e128",
-         "ctas=4 warps=4 unroll_layers=loop dtype=fp16 split_min=5"},
-        {"host:sm_120", "toy/tiny-llama", "ctas=1 warps=4 head_group=1"},
-        {"host:sm_120", "toy/tiny-qwen3",
-         "ctas=3 warps=5 unroll_layers=loop dtype=fp16 split_min=7 tokens_per_launch=7"},
+         "ctas=2 group=2 cluster=cluster warps=7 unroll_layers=loop dtype=fp16 chunk_bytes=512 "
+         "stages=2", NULL},
+        {"host:sm_100", "toy/tiny-smol", /* 2 */
+         "ctas=4 group=4 cluster=cluster warps=4 chunk_bytes=4096 round_blocks=2", NULL},
+        {"host:sm_100", "toy/tiny-qwen3-e128", /* 0 M */
+         "ctas=4 group=2 cluster=cluster warps=4 unroll_layers=loop dtype=fp16 chunk_bytes=8192",
+         NULL},
+        {"host:sm_120", "toy/tiny-llama", "ctas=1 group=1 warps=4", NULL},
+        {"host:sm_120", "toy/tiny-qwen3", /* 0 M */
+         "ctas=3 group=1 warps=5 unroll_layers=loop dtype=fp16 tokens_per_launch=7", NULL},
     };
-    static const struct setup read[] = {
-        {"host:sm_80", "hf/tiny-qwen3-fp32", "ctas=2 warps=4"},
-        {"host:sm_75", "hf/tiny-qwen2-fp16", "ctas=3 warps=4"},
-        {"host:sm_90", "hf/tiny-llama-sharded", "ctas=3 warps=4"},
-    };
-    static const struct setup same[] = {
-        {"host:sm_90", "toy/tiny-qwen3", "warps=4 split_min=64 ctas=4"},
-        {"host:sm_80", "toy/tiny-qwen3",
-         "warps=4 split_min=64 ctas=3 unroll_layers=loop stages=3 inflight=1 round_blocks=2 "
-         "gemm_m=64 gemm_stages=2"},
-        {"host:sm_120", "toy/tiny-qwen3",
-         "warps=4 split_min=64 ctas=1 head_group=1 tokens_per_launch=2 prefill_tokens=16 "
-         "gemm_n=64 gemm_k=32"},
-    };
-    static const struct setup hang = {"host:sm_90", "toy/tiny-llama", "ctas=2 warps=4 fault=hang"};
 
     for (int i = 0; i < COUNT(worlds); i++)
         test_world(&worlds[i]);
-    for (int i = 0; i < COUNT(read); i++)
-        test_read(&read[i]);
-    test_same(same, COUNT(same));
-    test_hang(&hang);
 }
 
+/* Query heads of a KV head: those that models have, and more than 8; D and F that are no multiples
+   of 16 or 32; heads and units that cannot be dealt evenly. */
+static void test_host_shapes(void)
+{
+    static const struct setup shapes[] = {
+        {"host:sm_75", "toy/tiny-qwen3", "ctas=4 group=1 warps=4 balance=20", "H=15 K=3 D=72 F=40"},
+        {"host:sm_80", "toy/tiny-llama", "ctas=4 group=2 warps=5 chunk_bytes=1024 dtype=fp16",
+         "H=18 K=3 D=88 F=200"},
+        {"host:sm_90", "toy/tiny-qwen2", "ctas=4 group=4 cluster=cluster warps=4 chunk_bytes=4096",
+         "H=7 D=200"},
+        {"host:sm_90", "toy/tiny-qwen3", "ctas=4 group=2 cluster=l2 chunk_bytes=4096", "H=8 K=1"},
+        {"host:sm_100", "toy/tiny-smol",
+         "ctas=4 group=4 cluster=cluster chunk_bytes=4096 dtype=fp16", "H=18 K=2 E=64 D=120"},
+        {"host:sm_120", "toy/tiny-llama", "ctas=4 group=2 cluster=cluster chunk_bytes=8192",
+         "H=17 E=128 F=8"},
+    };
+
+    for (int i = 0; i < COUNT(shapes); i++)
+        test_shape(&shapes[i]);
+}
+
+/* Contexts of one position, of a tile and one, and of more tiles for a rank than the ring has
+   stages. */
+static void test_host_contexts(void)
+{
+    static const struct {
+        struct setup setup;
+        struct scale scale;
+    } contexts[] = {
+        {{"host:sm_90", "toy/tiny-qwen2", "ctas=4 group=4 chunk_bytes=512 warps=4", NULL},
+         {1, 1, 1, 1, {0}}},
+        {{"host:sm_75", "toy/tiny-llama", "ctas=4 group=2 chunk_bytes=512 warps=4", NULL},
+         {17, 17, 2, 1, {0}}},
+        {{"host:sm_90", "toy/tiny-qwen3", "ctas=4 group=2 chunk_bytes=512 stages=3", "C=251"},
+         {251, 1, 3, 1, {0}}},
+    };
+
+    for (int i = 0; i < COUNT(contexts); i++) {
+        const struct setup *setup = &contexts[i].setup;
+        struct world w;
+        printf("%s %s %s\n", setup->device, setup->model, setup->settings);
+        fflush(stdout);
+        if (world_open(&w, setup, &contexts[i].scale) == 0) {
+            test_decode(&w);
+            test_context(&w);
+        }
+        world_close(&w);
+    }
+}
+
+static void test_host_same(void)
+{
+    static const struct setup same[] = {
+        {"host:sm_90", "toy/tiny-qwen3", "warps=4 ctas=4 group=2 cluster=cluster", NULL},
+        {"host:sm_80", "toy/tiny-qwen3",
+         "warps=4 ctas=4 group=2 unroll_layers=loop stages=3 inflight=1 round_blocks=2 gemm_m=64 "
+         "gemm_stages=2", NULL},
+        {"host:sm_120", "toy/tiny-qwen3",
+         "warps=4 ctas=4 group=2 cluster=l2 timing=on tokens_per_launch=2 prefill_tokens=16 "
+         "gemm_n=64 gemm_k=32", NULL},
+        {"host:sm_90", "toy/tiny-qwen3", "warps=4 ctas=3 group=3 cluster=l2", NULL},
+        {"host:sm_100", "toy/tiny-qwen3", "warps=4 ctas=1 group=1", NULL},
+    };
+
+    test_same(same, COUNT(same));
+    test_laps(&same[2]); /* the one with timing=on */
+}
+
+static void test_host_others(void)
+{
+    static const struct setup read[] = {
+        {"host:sm_80", "hf/tiny-qwen3-fp32", "ctas=2 warps=4", NULL},
+        {"host:sm_75", "hf/tiny-qwen2-fp16", "ctas=3 warps=4", NULL},
+        {"host:sm_90", "hf/tiny-llama-sharded", "ctas=3 warps=4", NULL},
+    };
+    static const struct setup hang[] = {
+        {"host:sm_90", "toy/tiny-llama", "ctas=2 warps=4 cluster=cluster fault=hang", NULL},
+        {"host:sm_80", "toy/tiny-llama", "ctas=2 warps=4 fault=hang", NULL},
+    };
+
+    test_host_shapes();
+    test_host_contexts();
+    for (int i = 0; i < COUNT(read); i++)
+        test_read(&read[i]);
+    for (int i = 0; i < COUNT(hang); i++)
+        test_hang(&hang[i]);
+}
+
+/* Half of it in a second process: a machine of fibers takes one processor. */
+static void test_host(void)
+{
+    const size_t bytes = (KINDS_END + 16) * sizeof *had;
+    pid_t pid;
+    int status;
+
+    had = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    CHECK(had != MAP_FAILED);
+    if (had == MAP_FAILED)
+        return;
+    had_ratio = had + KINDS_END;
+    fflush(stdout);
+    pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        test_host_others();
+        status = check_done();
+        fflush(stdout);
+        _exit(status); /* a driver's handlers are the parent's */
+    }
+    test_host_worlds();
+    test_host_same();
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECKF(WIFEXITED(status) && !WEXITSTATUS(status), "the other process: status %d", status);
+    check_had();
+    munmap(had, bytes);
+    had = NULL;
+}
+
+/* Groups and clusters as the plan likes them, and others that every GPU takes. */
 static void test_gpu(void)
 {
     static const struct setup worlds[] = {
-        {"gpu", "toy/toy-qwen3", ""},
-        {"gpu", "toy/toy-qwen3", "unroll_layers=loop tokens_per_launch=7 split_min=5"},
-        {"gpu", "toy/toy-qwen3-e128", "split_min=16"},
-        {"gpu", "toy/toy-qwen2", ""},
-        {"gpu", "toy/toy-llama", "chunk_bytes=1024 stages=3 inflight=2"},
-        {"gpu", "toy/toy-smol", "ctas=3 split_min=9"},
-        {"gpu", "toy/toy-qwen3", "dtype=fp16 ctas=5 round_blocks=2 warps=5 prefill_tokens=32"},
-        {"gpu", "toy/toy-llama", "ctas=1 head_group=1"},
+        {"gpu", "toy/toy-qwen3", "", NULL},
+        {"gpu", "toy/toy-qwen3", "unroll_layers=loop tokens_per_launch=7 chunk_bytes=4096", NULL},
+        {"gpu", "toy/toy-qwen3-e128", "chunk_bytes=8192 balance=1000", NULL},
+        {"gpu", "toy/toy-qwen2", "", NULL},
+        {"gpu", "toy/toy-llama", "chunk_bytes=1024 stages=3 inflight=2", NULL},
+        {"gpu", "toy/toy-smol", "ctas=9 group=3 chunk_bytes=4096", NULL},
+        {"gpu", "toy/toy-qwen2", "ctas=16 group=16 cluster=l2 chunk_bytes=4096", NULL},
+        {"gpu", "toy/toy-qwen3", "cluster=l2 chunk_bytes=4096 balance=0", NULL},
+        {"gpu", "toy/toy-qwen3",
+         "dtype=fp16 ctas=5 group=1 round_blocks=2 warps=5 prefill_tokens=32", NULL},
+        {"gpu", "toy/toy-llama", "ctas=1 group=1", NULL},
+    };
+    static const struct setup shapes[] = {
+        {"gpu", "toy/toy-llama", "", "H=12 D=120 F=200"},
+        {"gpu", "toy/toy-qwen3-e128", "ctas=8 group=4 chunk_bytes=8192", "H=16 K=2 D=200 F=104"},
+        {"gpu", "toy/toy-smol", "ctas=4 group=4 chunk_bytes=4096", "H=15 K=3 E=64 D=328"},
+        {"gpu", "toy/toy-qwen2", "ctas=4 group=2 cluster=l2 chunk_bytes=4096",
+         "H=12 K=2 D=72 F=40"},
     };
     static const struct setup same[] = {
-        {"gpu", "toy/toy-qwen3", "warps=4 split_min=512 ctas=8"},
-        {"gpu", "toy/toy-qwen3", "warps=4 split_min=512 ctas=8 unroll_layers=loop"},
-        {"gpu", "toy/toy-qwen3", "warps=4 split_min=512 ctas=3 stages=3 inflight=1 round_blocks=2"},
+        {"gpu", "toy/toy-qwen3", "warps=4 ctas=8 group=4 chunk_bytes=8192", NULL},
+        {"gpu", "toy/toy-qwen3",
+         "warps=4 ctas=8 group=4 chunk_bytes=8192 cluster=l2 unroll_layers=loop", NULL},
+        {"gpu", "toy/toy-qwen3",
+         "warps=4 ctas=8 group=4 chunk_bytes=8192 stages=3 inflight=1 round_blocks=2", NULL},
+        {"gpu", "toy/toy-qwen3", "warps=4 ctas=8 group=4 chunk_bytes=8192 timing=on", NULL},
+        {"gpu", "toy/toy-qwen3", "warps=4 ctas=3 group=3 chunk_bytes=8192", NULL},
     };
-    static const struct setup hang = {"gpu", "toy/toy-qwen3", "fault=hang"};
+    static const struct setup hang = {"gpu", "toy/toy-qwen3", "fault=hang", NULL};
 
     for (int i = 0; i < COUNT(worlds); i++)
         test_world(&worlds[i]);
+    for (int i = 0; i < COUNT(shapes); i++)
+        test_shape(&shapes[i]);
     test_same(same, COUNT(same));
+    test_laps(&same[3]); /* the one with timing=on */
     test_hang(&hang);
 }
 
@@ -791,7 +1275,8 @@ int main(int argc, char **argv)
     char path[256];
 
     if (argc > 2) {
-        const struct setup setup = {argc > 3 ? argv[3] : gpu ? "gpu" : "host", path, argv[2]};
+        const struct setup setup = {argc > 3 ? argv[3] : gpu ? "gpu" : "host", path, argv[2],
+                                    argc > 4 ? argv[4] : NULL};
         snprintf(path, sizeof path, "toy/%s", argv[1]);
         test_world(&setup);
         return check_done();

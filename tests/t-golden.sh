@@ -72,11 +72,11 @@ golden()
     fi
 }
 
-# Without the three functions that go through the layers.
+# Without the two functions that go through the layers in one form or the other.
 without_layers()
 {
-    awk '/^static .* void (produce|layers|prefill)\(\)$/ { skip = 1; n++ }
-        !skip { print } /^}/ { skip = 0 } END { exit n != 3 }' "$1" || fail "$1: where are its layers?"
+    awk '/^static .* void (layers|prefill)\(\)$/ { skip = 1; n++ }
+        !skip { print } /^}/ { skip = 0 } END { exit n != 2 }' "$1" || fail "$1: where are its layers?"
 }
 
 # Without the primitives, and the three lines that say what C++ cannot say as CUDA does.
@@ -88,15 +88,15 @@ without_primitives()
         !skip { print } END { exit n != 3 }' "$1" || fail "$1: where does it touch hardware?"
 }
 
-# same_kernel MODEL ARCH FORM: the emulated GPU gets the kernel of the GPU
+# same_kernel MODEL ARCH FORM HOPS: the emulated GPU gets the kernel of the GPU
 same_kernel()
 {
     for gpu in "" "--arch host --emulate"; do
-        ./mkgen -q --model "$srcdir/toy/$1" ${gpu:---arch} "$2" --set ctas=4 --set "unroll_layers=$3" \
-            -o "$tmp/kernel.cu" || fail "mkgen $1 $gpu $2"
+        ./mkgen -q --model "$srcdir/toy/$1" ${gpu:---arch} "$2" --set ctas=4 --set group=2 \
+            --set "unroll_layers=$3" --set "cluster=$4" -o "$tmp/kernel.cu" || fail "mkgen $1 $gpu $2"
         without_primitives "$tmp/kernel.cu" >"$tmp/kernel${gpu:+-host}"
     done
-    diff "$tmp/kernel" "$tmp/kernel-host" || fail "$1 $2 $3: the host's kernel is not the GPU's"
+    diff "$tmp/kernel" "$tmp/kernel-host" || fail "$1 $2 $3 $4: the host's kernel is not the GPU's"
 }
 
 [ "$mode" = check ] || mkdir -p "$golden"
@@ -112,14 +112,18 @@ for form in list loop; do
     without_layers "$tmp/toy-qwen3-h200-$form.cu" >"$tmp/$form"
 done
 diff "$tmp/list" "$tmp/loop" || fail "the list and the loop differ in more than their layers"
-[ "$(grep -c '// layer 0[012]$' "$tmp/toy-qwen3-h200-list.cu")" = 9 ] || fail "the list does not name 3 x 3 layers"
-[ "$(grep -c 'for (int layer = 0; layer < L' "$tmp/toy-qwen3-h200-loop.cu")" = 3 ] || fail "the loop is not there 3 times"
+[ "$(grep -c '// layer 0[012]$' "$tmp/toy-qwen3-h200-list.cu")" = 6 ] || fail "the list does not name 2 x 3 layers"
+for form in 'list 1' 'loop 3'; do # one is the producer's
+    [ "$(grep -c 'for (int layer = 0; layer < L' "$tmp/toy-qwen3-h200-${form% *}.cu")" = "${form#* }" ] ||
+        fail "the ${form% *} has not ${form#* } loops over layers"
+done
 
-same_kernel toy-qwen3 sm_75 list
-same_kernel toy-qwen2 sm_80 loop
-same_kernel toy-llama sm_90 list
-same_kernel toy-smol sm_100 loop
-same_kernel toy-qwen3-e128 sm_120 list
+same_kernel toy-qwen3 sm_75 list l2
+same_kernel toy-qwen2 sm_80 loop l2
+same_kernel toy-llama sm_90 list cluster
+same_kernel toy-llama sm_90 loop l2
+same_kernel toy-smol sm_100 loop l2
+same_kernel toy-qwen3-e128 sm_120 list l2
 
 # A golden that no line above writes.
 for file in "$golden"/*; do

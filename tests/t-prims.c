@@ -36,40 +36,32 @@ static char *read_test(const char *name)
     return text;
 }
 
-/* PARAMS with clusters. */
-static char *with_clusters(char *params)
-{
-    char *at = strstr(params, "m4_define({|PLAN_CLUSTER|}, {|1|})");
-
-    CHECK(at != NULL);
-    if (at)
-        at[30] = '0' + CLUSTER;
-    return params;
-}
-
 /* The kernel for G with the tests behind it; the caller frees. */
 static char *make_source(const struct gen_gpu *g, struct prims_context *c, int misuse)
 {
     static const char *const shared[] = {"extern __shared__ Type name[]",
                                          "Type *name = (Type *)mkhost_now->shared"};
-    char *params, *kernel = NULL, *src = NULL, *prims = read_test("prims.cu"), *bad = NULL, path[4096];
-    const char *srcdir = getenv("srcdir");
+    char *params, *all = NULL, *kernel = NULL, *src = NULL, *prims = read_test("prims.cu"), *bad = NULL, path[4096];
+    const char *srcdir = getenv("srcdir"), *set[3] = {NULL};
+    char group[16];
     static struct gen_plan plan;
     struct gen_model m;
     int rc;
 
+    snprintf(group, sizeof group, "group=%d", CLUSTER);
+    if (g->arch >= 90)
+        set[0] = group, set[1] = "cluster=cluster";
     snprintf(path, sizeof path, "%s/toy/toy-qwen3", srcdir ? srcdir : access("toy", R_OK) ? "tests" : ".");
     rc = gen_model_read(path, &m, &err);
-    rc = rc ? rc : gen_plan_make(&m, g, CONTEXT, NULL, NULL, &plan, &err);
+    rc = rc ? rc : gen_plan_make(&m, g, CONTEXT, NULL, set, &plan, &err);
     CHECKF(rc == 0, "%s", err.text);
     if (rc)
         return NULL;
     *c = (struct prims_context) {plan.family, plan.dtype == GEN_FP16, plan.family >= 90 ? CLUSTER : 1,
                                  plan.warps * 32};
     params = gen_plan_params(&plan);
-    if (plan.family >= 90)
-        with_clusters(params);
-    rc = gen_emit(params, &kernel, &err);
+    rc = asprintf(&all, "%sm4_define({|PLAN_ALL_PRIMS|}, {|1|})m4_dnl\n", params) > 0 ? 0 : -1;
+    rc = rc ? rc : gen_emit(all, &kernel, &err);
     CHECKF(rc == 0, "%s", err.text);
     if (misuse)
         bad = read_test("misuse.cu");
@@ -78,6 +70,7 @@ static char *make_source(const struct gen_gpu *g, struct prims_context *c, int m
                       "#define SHARED_MEMORY(Type, name) %s\n%s%s%s", kernel, plan.family, g->arch, c->cluster,
                       shared[g->host], g->host ? "#define TEST_HOST\n" : "", prims, bad ? bad : "");
     free(params);
+    free(all);
     free(kernel);
     free(prims);
     free(bad);
@@ -130,10 +123,8 @@ static int launch(struct place *p, const char *name, int ctas, int threads, int 
 
     rc = rc ? rc : rt_device_put(p->d, p->in, in, PRIMS_IN * 4, &err);
     rc = rc ? rc : rt_device_set(p->d, p->out, 0, PRIMS_OUT * 4, &err);
-    if (rc == 0 && cluster)
-        rc = rt_launch_cluster(p->d, f, ctas, threads, SHARED, cluster, params, &err);
-    else if (rc == 0)
-        rc = rt_launch(p->d, f, ctas, threads, SHARED, ctas > 1, params, &err);
+    if (rc == 0)
+        rc = rt_launch(p->d, f, ctas, threads, SHARED, ctas > 1, cluster, params, &err);
     rc = rc ? rc : rt_device_sync(p->d, &err);
     return rc ? rc : rt_device_get(p->d, out, p->out, PRIMS_OUT * 4, &err);
 }
@@ -316,13 +307,13 @@ static void test_launch(struct place *p)
     rt_func f;
 
     CHECKF(rt_module_func(p->d, p->module, "misuse_push", SHARED, &f, &err) == 0, "%s", err.text);
-    CHECK(rt_launch_cluster(p->d, f, 0, 32, 0, 2, params, &err) == MK_EINVAL);
-    CHECK(rt_launch_cluster(p->d, f, 2, 32, 0, 0, params, &err) == MK_EINVAL);
-    CHECK(rt_launch_cluster(p->d, f, 3, 32, 0, 2, params, &err) == MK_EINVAL);
+    CHECK(rt_launch(p->d, f, 0, 32, 0, 0, 2, params, &err) == MK_EINVAL);
+    CHECK(rt_launch(p->d, f, 2, 32, 0, 0, -2, params, &err) == MK_EINVAL);
+    CHECK(rt_launch(p->d, f, 3, 32, 0, 0, 2, params, &err) == MK_EINVAL);
     CHECK_STR(err.text, "cannot launch 3 blocks in clusters of 2");
-    CHECK(rt_launch_cluster(p->d, f, 4, 32, 0, 4, params, &err) == MK_EDEVICE); /* it says 2 itself */
+    CHECK(rt_launch(p->d, f, 4, 32, 0, 0, 4, params, &err) == MK_EDEVICE); /* it says 2 itself */
     CHECKF(strstr(err.text, "cuLaunchKernelEx: CUDA_ERROR_INVALID_VALUE"), "%s", err.text);
-    CHECK(rt_launch(p->d, f, 3, 32, 0, 1, params, &err) == MK_EDEVICE);
+    CHECK(rt_launch(p->d, f, 3, 32, 0, 1, 0, params, &err) == MK_EDEVICE);
 }
 
 /* ---- Devices ------------------------------------------------------------------- */

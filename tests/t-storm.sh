@@ -33,7 +33,7 @@ run_sanitized()
     fi
 }
 
-run 'schedules' mkstorm --seeds 2
+run 'schedules' mkstorm --seeds 1
 run 'planted faults' mkstorm --faults
 run_sanitized 'address and undefined-behaviour sanitizers' mkstorm-asan --every 4 --seeds 1
 run_sanitized 'undefined-behaviour sanitizer alone' mkstorm-ubsan --world 5 --seeds 1

@@ -1,11 +1,11 @@
-// Kernels of toy-qwen2 for sm_80, 56 CTAs.  Written by mkgen 0.1.0; do not edit.
-// Cost per token: 6006784 bytes of weights read, 13 hops, 157484 bytes of shared memory.
+// Kernels of toy-qwen2 for sm_80, 104 CTAs.  Written by mkgen 0.1.0; do not edit.
+// Cost per token: 6006784 bytes of weights read, 15 hops, 162120 bytes of shared memory.
 // Below: shapes, launch arguments, primitives, shared memory, hops, the stages of decode in
 // the order in which they run, decode, the pack kernel, and prefill.
 //
-// A block is 8 rows of a weight matrix; its tiles of 8 rows x 8 columns (128 bytes) follow each
-// other along the columns.  A unit is 4 tiles, what one ldmatrix.x4 reads.  Block b belongs
-// to CTA b % CTAS.
+// CTAs form groups of GROUP, and one of a group is known by its rank.  A group has some of the KV
+// heads and a slice of the MLP product, from q, k, v to the rows of O and DOWN that these make: partial
+// sums, which the CTAs of equal rank in all groups add up.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -23,51 +23,36 @@ constexpr int V = 1003; // vocab_size
 constexpr int L = 2; // num_hidden_layers
 constexpr float EPS = 9.99999997e-07f; // rms_norm_eps
 constexpr int CONTEXT = 512; // positions of the KV cache
+constexpr int RATIO = H / K; // query heads of a KV head
 
 // ---- Choices of the plan -------------------------------------------------------------
 
-constexpr int CTAS = 56;
-constexpr int WARPS = 7; // that multiply; one more is the producer
-constexpr int THREADS = 224; // of the consumer warps
-constexpr int STAGES = 15; // of the weight ring
-constexpr int STAGE_BYTES = 9728;
-constexpr int INFLIGHT = 5; // chunks on their way at most
-constexpr int INFLIGHT_HOP = 1; // the same while a hop is awaited
-constexpr int ROUND = 8; // blocks between two barriers
-constexpr int HEAD_GROUP = 2; // query heads of an attention task
-constexpr int GROUPS = 4; // tasks of a KV head and split
+constexpr int CTAS = 104;
+constexpr int GROUP = 8; // CTAs of a group
+constexpr int GROUPS = CTAS / GROUP;
+constexpr int WARPS = 8; // that multiply; one more is the producer
+constexpr int THREADS = 256; // of the consumer warps
+constexpr int STAGES = 8; // of the ring
+constexpr int STAGE_BYTES = 16384;
+constexpr int INFLIGHT = 3; // chunks on their way at most
+constexpr int INFLIGHT_HOP = 1; // the same while a hop through L2 is awaited
+constexpr int ROUND = 10; // blocks between two barriers
+constexpr int KV_TILE = 64; // positions of a tile of the KV cache
 constexpr float SOFTMAX_SCALE = 0.180336878f; // log2(e) / sqrt(E): of exp2
 constexpr float MLP_SCALE = 1.0f; // of the MLP product, against fp16 overflow
-constexpr int KV_AHEAD = 2; // rows of the cache that a lane reads ahead
-constexpr int SPLIT_MIN = 128; // positions that are worth another split
-constexpr int MAX_SPLITS = 14;
 constexpr u64 WATCHDOG_NS = 2000000000; // without progress, then trap
 
-// A phase is one matrix-vector product: four of a layer, and the head.
-template <int ROWS_, int UNITS_, int BLOCKS_, int STEP_, int SPANS_, int SPAN_UNITS_>
-struct Phase {
-    static constexpr int ROWS = ROWS_;
-    static constexpr int UNITS = UNITS_; // of a block: 32 columns each
-    static constexpr int BLOCKS = BLOCKS_;
-    static constexpr int STEP = STEP_; // blocks that stay together
-    static constexpr int SPANS = SPANS_; // chunks of a block
-    static constexpr int SPAN_UNITS = SPAN_UNITS_; // of a chunk; the last may have fewer
-    static constexpr int BLOCK_BYTES = UNITS_ * 512;
+// A group's share, and where its phases begin in a layer of its CTAs' streams, in bytes; q, k, v
+// are at 0.
+struct Share {
+    int head0, heads; // KV heads
+    int unit0, units; // of the MLP product, 32 each
+    int o, mlp, down, layer; // layer: all of it
 };
-typedef Phase<576, 14, 72, 1, 1, 14> Qkv; // q, k and v rows
-typedef Phase<448, 14, 56, 1, 1, 14> O; // attention output -> residual
-typedef Phase<1216, 14, 152, 2, 1, 14> Mlp; // gate and up, their blocks in turn
-typedef Phase<448, 19, 56, 1, 1, 19> Down; // MLP product -> residual
-typedef Phase<1003, 14, 126, 1, 1, 14> Head; // logits
-
-// Where a phase begins in a CTA's stream, from the start of its layer.
-constexpr int QKV_OFFSET = 0;
-constexpr int O_OFFSET = 14336;
-constexpr int MLP_OFFSET = 21504;
-constexpr int DOWN_OFFSET = 50176;
-constexpr u64 LAYER_BYTES = 59904; // of one CTA
-constexpr u64 HEAD_OFFSET = 119808; // after the last layer
-constexpr u64 CTA_BYTES = 141312; // from one CTA's stream to the next
+constexpr int MOST_HEADS = 1; // of any group
+constexpr int MOST_UNITS = 2;
+constexpr u64 LAYERS_OFFSET = 14336; // in a stream, behind the head
+constexpr u64 CTA_BYTES = 258048; // from one CTA's stream to the next
 
 // Norms and biases, in floats from the layer's start.
 constexpr int VEC_ATTN_NORM = 0;
@@ -79,19 +64,17 @@ constexpr int VEC_LAYER = 1472;
 constexpr int VEC_NORM = 2944; // the final norm, from the start
 
 constexpr u64 KV_LAYER = 65536; // elements of a layer's cache
-constexpr u64 KV_HEAD = 65536; // of a KV head's: keys, then values
-constexpr u64 KV_VALUE = 32768; // from a head's keys to its values
+constexpr u64 KV_HEAD = 65536; // of a KV head's
 
 // Hop buffers: first word.
-constexpr int HOP_QKV = 0; // q, k, v
-constexpr int HOP_PART = 216; // attention of one split, not yet divided
-constexpr int HOP_SCALE = 2568; // its maximum and sum
-constexpr int HOP_ATTN = 2672; // attention, done
-constexpr int HOP_O = 2840;
-constexpr int HOP_MLP = 3008;
-constexpr int HOP_DOWN = 3240;
-constexpr int HOP_BEST = 3408; // a candidate of each CTA
-constexpr int HOP_COUNT = 3464; // sampler: 2 x [CTAS][16]
+constexpr int HOP_QKV = 0; // inside a group: q, k, v
+constexpr int HOP_PART = 2808; // attention of one CTA's positions, its maximum and sum
+constexpr int HOP_MLP = 21008;
+constexpr int HOP_X = 21320; // x, behind O and behind DOWN
+constexpr int HOP_O = 27352; // partial sums, for the same rank in all groups
+constexpr int HOP_DOWN = 31720;
+constexpr int HOP_BEST = 36088; // a candidate of each CTA
+constexpr int HOP_COUNT = 36192; // sampler: 2 x [CTAS][16]
 
 static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
@@ -111,7 +94,7 @@ struct mk_args {
     const half *embed; // untied embedding [V][D]
     const float *vec; // norms and biases
     const float *rope; // cos and sin [context][E/2][2]
-    half *kv; // KV cache [L][K][2][context][E]
+    half *kv; // KV cache, see kv_at
     Word *exchange; // hop buffers
     float *logits; // [V] of every token
     u64 *ring; // host-mapped: launch << 32 | token, one a token
@@ -120,6 +103,7 @@ struct mk_args {
     const int *tokens; // prefill: [n] ids; decode: forced ids or 0
     unsigned char *scratch; // prefill activations
     u32 *barrier; // prefill: grid barrier counter
+    u64 *laps; // plans with timing: cycles [CTAS][LAPS][2], added up
     u64 seed; // of the sampler
     u64 logits_stride; // floats between the logits of two tokens; 0: overwrite
     u32 launch; // number of this launch
@@ -147,19 +131,20 @@ static_assert(OFFSET(mk_args, cancel) == 72, "layout");
 static_assert(OFFSET(mk_args, tokens) == 80, "layout");
 static_assert(OFFSET(mk_args, scratch) == 88, "layout");
 static_assert(OFFSET(mk_args, barrier) == 96, "layout");
-static_assert(OFFSET(mk_args, seed) == 104, "layout");
-static_assert(OFFSET(mk_args, logits_stride) == 112, "layout");
-static_assert(OFFSET(mk_args, launch) == 120, "layout");
-static_assert(OFFSET(mk_args, epoch) == 124, "layout");
-static_assert(OFFSET(mk_args, pos) == 128, "layout");
-static_assert(OFFSET(mk_args, n) == 132, "layout");
-static_assert(OFFSET(mk_args, token) == 136, "layout");
-static_assert(OFFSET(mk_args, top_k) == 140, "layout");
-static_assert(OFFSET(mk_args, temperature) == 144, "layout");
-static_assert(OFFSET(mk_args, top_p) == 148, "layout");
-static_assert(OFFSET(mk_args, n_stop) == 152, "layout");
-static_assert(OFFSET(mk_args, unused) == 156, "layout");
-static_assert(sizeof(mk_args) == 224, "layout");
+static_assert(OFFSET(mk_args, laps) == 104, "layout");
+static_assert(OFFSET(mk_args, seed) == 112, "layout");
+static_assert(OFFSET(mk_args, logits_stride) == 120, "layout");
+static_assert(OFFSET(mk_args, launch) == 128, "layout");
+static_assert(OFFSET(mk_args, epoch) == 132, "layout");
+static_assert(OFFSET(mk_args, pos) == 136, "layout");
+static_assert(OFFSET(mk_args, n) == 140, "layout");
+static_assert(OFFSET(mk_args, token) == 144, "layout");
+static_assert(OFFSET(mk_args, top_k) == 148, "layout");
+static_assert(OFFSET(mk_args, temperature) == 152, "layout");
+static_assert(OFFSET(mk_args, top_p) == 156, "layout");
+static_assert(OFFSET(mk_args, n_stop) == 160, "layout");
+static_assert(OFFSET(mk_args, unused) == 164, "layout");
+static_assert(sizeof(mk_args) == 232, "layout");
 
 struct mk_pack_args {
     unsigned char *stream; // all streams
@@ -193,8 +178,7 @@ static_assert(sizeof(mk_pack_args) == 64, "layout");
 enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN, FAULT_CLAIM };
 
 // Stages, for the watchdog's report.
-enum { AT_RING = 1, AT_QKV, AT_PART, AT_ATTN, AT_O, AT_MLP, AT_DOWN, AT_BEST, AT_COUNT, AT_GRID };
-
+enum { AT_RING = 1, AT_QKV, AT_PART, AT_O, AT_MLP, AT_DOWN, AT_X, AT_BEST, AT_COUNT, AT_GRID };
 // ---- Primitives: everything that touches hardware ------------------------------------
 
 static __device__ __forceinline__ u32 shared_address(const void *p)
@@ -215,6 +199,13 @@ static __device__ __forceinline__ u32 pack(float lo, float hi)
 
 static __device__ __forceinline__ half to_half(float x) { return (half)pack(x, 0.0f); }
 
+static __device__ __forceinline__ float exp2_approx(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Single-copy atomic: all of a word or none of it is seen.
 static __device__ __forceinline__ Word load_word(const Word *p)
 {
@@ -234,13 +225,10 @@ static __device__ __forceinline__ void store_word(Word *p, u32 v0, u32 v1, u32 v
                  :: "l"(p), "r"(v0), "r"(v1), "r"(v2), "r"(tag) : "memory");
 }
 
-// *late(p) = v is a plain store that another CTA will read: late, and in any order, until fence_gpu or
-// add_release after it.
+// *late(p) = v is a plain store that another CTA will read, or the copy engine: late, and in any order, until
+// add_release or fence_async_global after it.
 template <class T>
 static __device__ __forceinline__ T *late(T *p) { return p; }
-
-// All earlier writes of this CTA (after a barrier) before all later ones, for every CTA.
-static __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 static __device__ __forceinline__ u32 load_acquire(const u32 *p)
 {
@@ -290,6 +278,19 @@ static __device__ __forceinline__ u32 load_flag(const u32 *p)
 static __device__ __forceinline__ void store_flag(u32 *p, u32 v)
 {
     asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" :: "r"(shared_address(p)), "r"(v) : "memory");
+}
+
+// The same, for what was written before it or by those whom the writer has seen.
+static __device__ __forceinline__ u32 read_flag(const u32 *p)
+{
+    u32 v;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void publish_flag(u32 *p, u32 v)
+{
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" :: "r"(shared_address(p)), "r"(v) : "memory");
 }
 
 static __device__ __forceinline__ void prefetch_l2(const void *p)
@@ -375,6 +376,206 @@ static __device__ __forceinline__ void mbarrier_arrive_copied(u64 *b)
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(b)) : "memory");
 }
 
+// ---- Places: who has which weights, and where ----------------------------------------
+
+// A block is 8 rows of a matrix, a pair is 2 blocks.  A unit is 8 rows x 32 columns: 4 tiles of 8 x 8,
+// 128 bytes each, what one ldmatrix.x4 reads.  Tile j has columns 2 j and 2 j + 1 of each 8 of
+// the 32, so that lane t of 4 multiplies columns 8 t .. 8 t + 7, which lie side by side in x.
+//
+// A stream has what one CTA reads of a token, in that order.  Q, K, V, the MLP's gate and up (their
+// blocks in turn) and the head are split by rows: whole blocks, dealt to the ranks of the group (the
+// head: to all CTAs) in turn.  O and DOWN are split by columns, as the group's heads and MLP
+// units are; pairs of rows are dealt to the ranks in turn.  A rank's pairs are a set for each warp once
+// around; of a set all pairs of one unit come first, then those of the next.
+static __device__ __forceinline__ int my_group() { return blockIdx.x / GROUP; }
+static __device__ __forceinline__ int my_rank() { return blockIdx.x % GROUP; }
+
+static __device__ __forceinline__ Share share(int nth, int head0, int heads, int unit0, int units, int o,
+                                              int mlp, int down, int layer)
+{
+    return {head0 + nth * heads, heads, unit0 + nth * units, units, o, mlp, down, layer};
+}
+
+static __device__ __forceinline__ Share share_of(int group)
+{
+    if (group < 1)
+        return share(group - 0, 0, 1, 0, 0, 64512, 121856, 121856, 121856);
+    if (group < 6)
+        return share(group - 1, 1, 0, 0, 1, 0, 0, 14336, 18432);
+    return share(group - 6, 1, 0, 5, 2, 0, 0, 14336, 22528);
+}
+
+// Which group has KV head HEAD, or MLP unit UNIT.
+static __device__ __forceinline__ int group_of_head(int head)
+{
+    constexpr int FEW = K / GROUPS, MANY = FEW + 1, WITH_MANY = K % GROUPS; // heads; groups
+    return head < WITH_MANY * MANY ? head / MANY : WITH_MANY + (head - WITH_MANY * MANY) / (FEW ? FEW : 1);
+}
+
+static __device__ __forceinline__ int group_of_unit(int unit)
+{
+    if (unit < 0)
+        return 0 + (unit - 0) / 1;
+    if (unit < 5)
+        return 1 + (unit - 0) / 1;
+    return 6 + (unit - 5) / 2;
+}
+
+// A rank's pairs of D rows.
+constexpr int PAIRS = 28;
+constexpr int SETS = 1; // of a rank
+constexpr int SET_PAIRS = 4; // of a set at most: one for each warp
+static __device__ __forceinline__ int rank_pairs(int rank) { return (PAIRS - rank + GROUP - 1) / GROUP; }
+
+// The set of a rank's NTH pair.
+struct Set {
+    int first, pairs; // of the rank
+};
+static __device__ __forceinline__ Set set_of(int rank, int nth)
+{
+    const int n = rank_pairs(rank);
+    if (SETS == 1)
+        return {0, n};
+    const int few = n / SETS, many = few + 1, with_many = n % SETS;
+    return nth < with_many * many ? Set{nth / many * many, many}
+                                  : Set{with_many * many + (nth - with_many * many) / few * few, few};
+}
+
+// Tile TILE of a row, counted along its units, has columns of 4 pairs: pair I is this one and the next.
+static __device__ __forceinline__ int pair_column(int tile, int i) { return tile / 4 * 32 + i * 8 + tile % 4 * 2; }
+
+// A phase is one matrix-vector product: four of a layer, and the head.
+template <int ROWS_, int UNITS_, int BLOCKS_, int STEP_, int SPANS_, int SPAN_UNITS_>
+struct Phase {
+    static constexpr int ROWS = ROWS_;
+    static constexpr int UNITS = UNITS_; // of a block, in all groups
+    static constexpr int BLOCKS = BLOCKS_; // of all CTAs
+    static constexpr int STEP = STEP_; // blocks that stay together
+    static constexpr int SPANS = SPANS_; // by rows: chunks of a block; by columns: 0
+    static constexpr int SPAN_UNITS = SPAN_UNITS_; // of a chunk at most
+    static constexpr int BLOCK_BYTES = UNITS_ * 512; // of all columns
+};
+
+// A block's place without its columns, and a unit's without its rows: the address of both is
+// block.at + unit.at + block.first * unit.units + block.stride * unit.nth.
+struct Block_place {
+    u64 at;
+    int first, stride;
+};
+struct Unit_place {
+    u64 at;
+    int units, nth;
+};
+static __device__ __forceinline__ u64 place(const Block_place &block, const Unit_place &unit)
+{
+    return block.at + unit.at + (u64)(block.first * unit.units) + (u64)(block.stride * unit.nth);
+}
+
+// Of one layer of a matrix that is split by rows: block LOCAL of GROUP's share, which begins at
+// BEGIN of a layer.
+static __device__ __forceinline__ Block_place row_place(int group, int local, int step, int begin, int layer_bytes,
+                                                        int layer, int block_bytes)
+{
+    const int dealt = local / step;
+    return {(u64)(group * GROUP + dealt % GROUP) * CTA_BYTES + LAYERS_OFFSET + (u64)layer * layer_bytes + begin
+            + (u64)(dealt / GROUP * step + local % step) * block_bytes, 0, 512};
+}
+
+// The same of a matrix that is split by columns; the group is the unit's.
+static __device__ __forceinline__ Block_place column_place(int block)
+{
+    const int rank = block / 2 % GROUP, nth = block / 2 / GROUP;
+    const Set set = set_of(rank, nth);
+    return {(u64)rank * CTA_BYTES + LAYERS_OFFSET + (nth - set.first) * 1024 + block % 2 * 512,
+            set.first * 1024, set.pairs * 1024};
+}
+
+// q, k and v rows, of all heads in turn.
+struct Qkv : Phase<576, 14, 72, 1, 1, 14> {
+    static constexpr int HEAD = E / 8, GROUPED = (RATIO + 2) * HEAD; // blocks of a head; with its key and value
+    // Blocks of this CTA, in its order.
+    static __device__ __forceinline__ int mine()
+    {
+        return (share_of(my_group()).heads * GROUPED - my_rank() + GROUP - 1) / GROUP;
+    }
+    // Where block LOCAL of a group whose first head is HEAD0 stands among all blocks.
+    static __device__ __forceinline__ int block(int head0, int local)
+    {
+        const int head = head0 + local / GROUPED, in = local % GROUPED;
+        return in < RATIO * HEAD ? head * (RATIO * HEAD) + in
+                                 : (H + (in / HEAD - RATIO) * K + head) * HEAD + in % HEAD;
+    }
+    static __device__ __forceinline__ Block_place rows(int layer, int block)
+    {
+        const int q = H * HEAD, kv = block - q; // key and value blocks
+        const int head = block < q ? block / (RATIO * HEAD) : kv / HEAD % K;
+        const int in = block < q ? block % (RATIO * HEAD) : (RATIO + kv / (K * HEAD)) * HEAD + kv % HEAD;
+        const int group = group_of_head(head);
+        const Share mine = share_of(group);
+        return row_place(group, (head - mine.head0) * GROUPED + in, 1, 0, mine.layer, layer, BLOCK_BYTES);
+    }
+    static __device__ __forceinline__ Unit_place columns(int, int unit) { return {(u64)unit * 512, 0, 0}; }
+};
+
+// Gate and up, their blocks in turn.
+struct Mlp : Phase<1216, 14, 152, 2, 1, 14> {
+    static __device__ __forceinline__ int mine() // a unit has 4 blocks of gate and as many of up
+    {
+        return (share_of(my_group()).units * 4 - my_rank() + GROUP - 1) / GROUP * 2;
+    }
+    static __device__ __forceinline__ Block_place rows(int layer, int block)
+    {
+        const int group = group_of_unit(block / 8);
+        const Share mine = share_of(group);
+        return row_place(group, block - mine.unit0 * 8, 2, mine.mlp, mine.layer, layer, BLOCK_BYTES);
+    }
+    static __device__ __forceinline__ Unit_place columns(int, int unit) { return {(u64)unit * 512, 0, 0}; }
+};
+
+// Attention output -> residual.
+struct O : Phase<448, 14, 56, 1, 0, 4> {
+    static constexpr int HEAD_UNITS = RATIO * E / 32; // of a KV head's queries
+    static __device__ __forceinline__ Block_place rows(int, int block) { return column_place(block); }
+    static __device__ __forceinline__ Unit_place columns(int layer, int unit)
+    {
+        const int group = group_of_head(unit / HEAD_UNITS);
+        const Share mine = share_of(group);
+        return {(u64)(group * GROUP) * CTA_BYTES + (u64)layer * mine.layer + mine.o, mine.heads * HEAD_UNITS,
+                unit - mine.head0 * HEAD_UNITS};
+    }
+};
+
+// MLP product -> residual.
+struct Down : Phase<448, 19, 56, 1, 0, 2> {
+    static __device__ __forceinline__ Block_place rows(int, int block) { return column_place(block); }
+    static __device__ __forceinline__ Unit_place columns(int layer, int unit)
+    {
+        const int group = group_of_unit(unit);
+        const Share mine = share_of(group);
+        return {(u64)(group * GROUP) * CTA_BYTES + (u64)layer * mine.layer + mine.down, mine.units,
+                unit - mine.unit0};
+    }
+};
+
+// Logits; at the start of the streams.
+struct Head : Phase<1003, 14, 126, 1, 1, 14> {
+    static __device__ __forceinline__ int mine() { return (BLOCKS - (int)blockIdx.x + CTAS - 1) / CTAS; }
+    static __device__ __forceinline__ Block_place rows(int, int block)
+    {
+        return {(u64)(block % CTAS) * CTA_BYTES + (u64)(block / CTAS) * BLOCK_BYTES, 0, 512};
+    }
+    static __device__ __forceinline__ Unit_place columns(int, int unit) { return {(u64)unit * 512, 0, 0}; }
+};
+
+// The KV cache of a head: tiles of KV_TILE positions, keys and then values of each; these lie in blocks
+// of 8 positions, 8 x 8 elements (128 bytes) side by side along the head.
+constexpr int KV_TILE_ELEMS = KV_TILE * E * 2;
+static __device__ __forceinline__ u64 kv_at(int pos, int e)
+{
+    return (u64)(pos / KV_TILE) * KV_TILE_ELEMS + pos % KV_TILE / 8 * (E * 8) + e / 8 * 64 + pos % 8 * 8 + e % 8;
+}
+constexpr int KV_VALUE = KV_TILE * E; // elements from a key to its value
+
 // ---- Ring: a stage is filled, has landed, is released --------------------------------
 
 // A stage is used again and again: use u of a stage carries chunk u * STAGES + stage.
@@ -389,11 +590,6 @@ static __device__ __forceinline__ void gate_init(Gate *full, Gate *free)
 static __device__ __forceinline__ void gate_init_done()
 {
     __threadfence_block();
-}
-
-static __device__ __forceinline__ bool gate_await_landed(Gate *full, u32 use)
-{
-    return mbarrier_test_wait(full, use & 1);
 }
 
 static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return mbarrier_test_wait(full, use & 1); }
@@ -420,24 +616,38 @@ static __device__ __forceinline__ void gate_fill(Gate *full, void *dst, const un
 
 // ---- Shared memory of decode ---------------------------------------------------------
 
+constexpr int X_COLS = (D + 31) / 32 * 32;
+
 struct Shared {
     alignas(128) unsigned char ring[STAGES][STAGE_BYTES];
-    // x, the vector that the next phase multiplies: half, see store_x.  Attention: its work space.
-    alignas(16) unsigned char scratch[4464];
-    alignas(16) float resid[D]; // residual stream, the same in every CTA
-    float part[2][ROUND * 8][WARPS]; // dot products of one round, a column per warp
+    // From the group's other CTAs.  x: residual * norm weight, still to be divided by the rms; behind O, and
+    // behind DOWN, which others send before all here have done with the first only in a cluster.
+    alignas(16) half x[1][X_COLS];
+    alignas(16) half act[MOST_UNITS * 32]; // MLP product: the columns of DOWN
+    alignas(16) float qkv[MOST_HEADS][RATIO + 2][E];
+    alignas(16) float squares[2][GROUP * WARPS][4]; // of the residual, a part of each warp: [0] of the 4
+    alignas(16) float unguess[2]; // 1 / the factor with which x was sent
+    // Attention: normed, rotated queries; this position's key and value; what each warp has found.
+    alignas(16) half q[MOST_HEADS * RATIO][E];
+    alignas(128) half now[MOST_HEADS][2][E * 8]; // the first of 8 rows; zeros behind
+    alignas(16) float out[WARPS][RATIO][E];
+    float top[WARPS][RATIO], mass[WARPS][RATIO];
+    alignas(16) half y[MOST_HEADS * RATIO * E]; // attention output: the columns of O
+    alignas(16) float resid[4 * 16]; // residual stream, the rows of this rank
+    float part_sums[2][WARPS][ROUND * 8]; // dot products of one round
     float sum[WARPS]; // block_sum
     Word best[WARPS];
     u32 hist[16][5]; // sampler: count and mass of a digit, see add_mass
     Gate full[STAGES], free[STAGES];
     mk_args args;
-    u32 hold; // a hop is awaited: keep fewer chunks in flight
+    u32 hold; // a hop through L2 is awaited: keep fewer chunks in flight
     u32 done; // the consumers have left
     u32 canceled; // the host's word, in CTA 0
     u32 filled, landed; // producer: chunks before these are on their way, have arrived
-    int index; // of the token in this launch
+    u32 chunk[WARPS]; // the next one that a warp takes
+    int fed, index; // token in this launch: of the producer, of the consumers
 };
-static_assert(sizeof(Shared) <= 157484, "the plan's shared memory is too small");
+static_assert(sizeof(Shared) <= 162120, "the plan's shared memory is too small");
 
 extern __shared__ Shared S[];
 
@@ -464,7 +674,7 @@ struct Watch {
 
     __device__ __forceinline__ void poll(u32 *fault, u32 stage, u32 expected, u32 seen)
     {
-        if (++polls % 4096 == 0)
+        if (__builtin_expect(++polls % 4096 == 0, false))
             look(fault, stage, expected, seen);
     }
     __device__ __forceinline__ void look(u32 *fault, u32 stage, u32 expected, u32 seen)
@@ -477,30 +687,36 @@ struct Watch {
     }
 };
 
-// ---- Hops: vectors between CTAs, through L2 ------------------------------------------
+// ---- Hops through L2 -----------------------------------------------------------------
 
 // A vector travels in blocks of 8 values, 3 words a block: values 0-2, 3-5 and 6-7.
 static __device__ __forceinline__ int word_first(int word) { return word / 3 * 8 + word % 3 * 3; }
 static __device__ __forceinline__ int word_count(int word) { return word % 3 == 2 ? 2 : 3; }
 static __device__ __forceinline__ float word_value(const Word &w, int i) { return __uint_as_float(w.v[i]); }
 
-// Wait for words 0 .. WORDS-1 of a hop, where word i lies at AT(i), and call USE(i, word):
-// each consumer thread for its own share.
-template <int WORDS, class At, class Use>
-static __device__ __forceinline__ void await_words(u32 tag, u32 stage, At at, Use use)
+// While a hop is awaited the ring stands back.
+static __device__ __forceinline__ void hold(u32 on)
 {
-    constexpr int SHARE = (WORDS + THREADS - 1) / THREADS; // of a thread
-    constexpr int BATCH = SHARE < 8 ? SHARE : 8; // loads on their way
     if (threadIdx.x == 0)
-        store_flag(&S->hold, 1);
+        store_flag(&S->hold, on);
+}
+
+// Wait for words 0 .. WORDS-1 (at most MOST) of a hop, where word i lies at AT(i), and call
+// USE(i, word): each consumer thread for its own share.
+template <int MOST, class At, class Use>
+static __device__ __forceinline__ void await_words(int words, u32 tag, u32 stage, At at, Use use)
+{
+    constexpr int SHARE = (MOST + THREADS - 1) / THREADS; // of a thread
+    constexpr int BATCH = SHARE < 8 ? SHARE : 8; // loads on their way
+    hold(1);
     #pragma unroll 1
-    for (int first = threadIdx.x; first < WORDS; first += BATCH * THREADS) {
+    for (int first = threadIdx.x; first < words; first += BATCH * THREADS) {
         Word w[BATCH];
         Watch watch;
         for (bool all = false; !all;) { // again and again all of them: one trip when they are there
             #pragma unroll
             for (int i = 0; i < BATCH; i++)
-                w[i] = load_word(at(first + i * THREADS < WORDS ? first + i * THREADS : first));
+                w[i] = load_word(at(first + i * THREADS < words ? first + i * THREADS : first));
             u32 wrong = 0, seen = tag;
             #pragma unroll
             for (int i = 0; i < BATCH; i++) {
@@ -513,17 +729,31 @@ static __device__ __forceinline__ void await_words(u32 tag, u32 stage, At at, Us
         }
         #pragma unroll
         for (int i = 0; i < BATCH; i++)
-            if (first + i * THREADS < WORDS)
+            if (first + i * THREADS < words)
                 use(first + i * THREADS, w[i]);
     }
-    if (threadIdx.x == 0)
-        store_flag(&S->hold, 0);
+    hold(0);
 }
 
-// Send N blocks: lane L of a warp has value L % 8 of block L / 8 (at most 4 blocks), and
-// block B of them goes to place PLACE(B) of the hop.
+// Tags: TOKEN_TAGS of a token, the layers' and then the sampler's.
+constexpr u32 TOKEN_TAGS = 34;
+static __device__ __forceinline__ u32 layer_tag(int layer)
+{
+    return S->args.epoch + S->index * TOKEN_TAGS + layer;
+}
+
+// Buffer of a hop of partial sums.
+static __device__ __forceinline__ Word *sums_buffer(int hop, u32 tag)
+{
+    return S->args.exchange + hop + tag % 2 * (PAIRS * GROUPS * 6);
+}
+
+// ---- Hops inside a group -------------------------------------------------------------
+
+// N blocks of values to all ranks: lane L of a warp has value L % 8 of block L / 8 (at most 4), and
+// block B of them goes to place PLACE(B) of HOP.
 template <class Place>
-static __device__ __forceinline__ void send_blocks(Word *hop, u32 tag, int n, float value, Place place)
+static __device__ __forceinline__ void give_blocks(Word *hop, u32 tag, int n, float value, Place place)
 {
     const int lane = threadIdx.x % 32;
     const int block = lane / 3 & 3, word = lane % 3; // of the word that this lane stores
@@ -536,12 +766,248 @@ static __device__ __forceinline__ void send_blocks(Word *hop, u32 tag, int n, fl
                    __float_as_uint(v2), tag);
 }
 
-// The sum of VALUE over all consumer threads, in every one of them.
-static __device__ __forceinline__ float block_sum(float value)
+static __device__ __forceinline__ void store_value(float *to, float value) { *to = value; }
+static __device__ __forceinline__ void store_value(half *to, float value) { *to = to_half(value); }
+
+constexpr int GROUP_QKV = MOST_HEADS * Qkv::GROUPED; // blocks of a group at most
+static __device__ __forceinline__ Word *qkv_hop() { return S->args.exchange + HOP_QKV + my_group() * (GROUP_QKV * 3); }
+static __device__ __forceinline__ Word *mlp_hop() { return S->args.exchange + HOP_MLP + my_group() * (MOST_UNITS * 12); }
+
+// TO = the BLOCKS (at most MOST) of HOP.
+template <int MOST, class To>
+static __device__ __forceinline__ void await_blocks(To *to, const Word *hop, int blocks, u32 tag, u32 stage)
+{
+    const auto at = [&](int word) { return hop + word; };
+    await_words<MOST * 3>(blocks * 3, tag, stage, at, [&](int word, const Word &got) {
+        #pragma unroll
+        for (int i = 0; i < 3; i++)
+            if (i < word_count(word))
+                store_value(to + word_first(word) + i, word_value(got, i));
+    });
+}
+
+// The sum of VALUE over the lanes of a warp, in every one of them.
+static __device__ __forceinline__ float warp_sum(float value)
 {
     #pragma unroll
     for (int i = 16; i; i /= 2)
         value += __shfl_xor_sync(~0u, value, i);
+    return value;
+}
+
+// ---- Matrix x vector, from the ring --------------------------------------------------
+
+// Wait for the chunks before chunk END.
+static __device__ __forceinline__ void wait_landed(u32 end)
+{
+    Watch watch;
+    for (u32 landed; (int)((landed = read_flag(&S->landed)) - end) < 0;)
+        watch.poll(S->args.fault, AT_RING, end, landed);
+}
+
+// This warp has read N chunks.
+static __device__ __forceinline__ void release_chunks(u32 chunk, int n)
+{
+    __syncwarp();
+    if ((int)threadIdx.x % 32 < n)
+        gate_release(&S->free[(chunk + threadIdx.x % 32) % STAGES]);
+}
+
+// Each warp takes every chunk, whether it reads it or not, and goes on from where it was.
+static __device__ __forceinline__ u32 my_chunk() { return S->chunk[threadIdx.x / 32]; }
+static __device__ __forceinline__ void take_chunks(u32 next)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        S->chunk[threadIdx.x / 32] = next;
+    __syncwarp();
+}
+
+// Lane t < 4 has the 8 columns of a unit of x from 8 t on: two of each tile.
+static __device__ __forceinline__ uint4 load_x(const half *x, int unit)
+{
+    return *(const uint4 *)(x + unit * 32 + threadIdx.x % 4 * 8);
+}
+
+// 16 rows x 32 columns of weights, as the left operand of two mma.
+struct Unit {
+    u32 w[2][4];
+
+    // The lane reads from address AT on.
+    __device__ __forceinline__ void load(u32 at)
+    {
+        ldmatrix(w[0], at);
+        ldmatrix(w[1], at + 256);
+    }
+    // SUM += the rows times x; every column of the right operand is x, and the first result is used.
+    __device__ __forceinline__ void multiply(float (&sum)[2][4], const uint4 &x) const
+    {
+        mma(sum[0], w[0][0], w[0][1], w[0][2], w[0][3], x.x, x.y);
+        mma(sum[1], w[1][0], w[1][1], w[1][2], w[1][3], x.z, x.w);
+    }
+};
+
+// ---- Matrices that are split by rows: all warps share a block's columns --------------
+
+typedef Head Rows; // q, k, v, the MLP and the head all have D columns
+static_assert(Rows::UNITS == Qkv::UNITS && Rows::UNITS == Mlp::UNITS && Rows::SPANS == Qkv::SPANS && Rows::SPANS == Mlp::SPANS, "columns");
+
+// This warp's units of x: every WARPS-th.
+template <int UNITS>
+struct Warp_x {
+    static constexpr int MINE = (UNITS + WARPS - 1) / WARPS;
+    uint4 unit[MINE];
+
+    __device__ __forceinline__ void load(const half *x)
+    {
+        #pragma unroll
+        for (int i = 0; i < MINE; i++)
+            unit[i] = load_x(x, min(i * WARPS + (int)threadIdx.x / 32, UNITS - 1));
+    }
+};
+
+// SUM += this warp's units of pairs of blocks: the first pair in chunks CHUNK and CHUNK + 1, and so on; with HALF
+// there is one block, taken twice.  When they have been read, READY(x) sees to it that x is there.
+template <int UNITS, int PAIRS_AT_ONCE, bool HALF, class Ready>
+static __device__ __forceinline__ void multiply_chunks(float (&sum)[PAIRS_AT_ONCE][2][4], u32 chunk, Warp_x<UNITS> &x, Ready ready)
+{
+    constexpr int MINE = Warp_x<UNITS>::MINE;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 at = warp * 512 + lane / 16 * 128 + lane % 8 * 16;
+    Unit unit[PAIRS_AT_ONCE][MINE];
+    wait_landed(chunk + (HALF ? 1 : PAIRS_AT_ONCE * 2));
+    #pragma unroll
+    for (int p = 0; p < PAIRS_AT_ONCE; p++) {
+        const u32 from = shared_address(S->ring[(chunk + p * 2 + (HALF ? 0 : lane / 8 % 2)) % STAGES]) + at;
+        #pragma unroll
+        for (int i = 0; i < MINE; i++) // a warp that has no unit i reads its last one again
+            unit[p][i].load(from + ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS ? i : max(i - 1, 0)) * WARPS * 512);
+    }
+    ready(x);
+    #pragma unroll
+    for (int i = 0; i < MINE; i++)
+        if ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS)
+            #pragma unroll
+            for (int p = 0; p < PAIRS_AT_ONCE; p++)
+                unit[p][i].multiply(sum[p], x.unit[i]);
+    release_chunks(chunk, HALF ? 1 : PAIRS_AT_ONCE * 2);
+}
+
+// This warp's sums of a pair, to PART[warp][row].
+template <int BLOCKS>
+static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], float *part)
+{
+    const int lane = threadIdx.x % 32;
+    if (lane % 4 == 0) {
+        #pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+            part[threadIdx.x / 32 * (ROUND * 8) + b * 8 + lane / 4] = sum[0][b * 2] + sum[1][b * 2];
+    }
+}
+
+// Multiply the next N blocks, whose columns are one chunk each, by x.
+template <int N, class Ready>
+static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Warp_x<Rows::UNITS> &x, float *part, Ready ready)
+{
+    constexpr int PAIRS_AT_ONCE = (N + 1) / 2;
+    float sum[PAIRS_AT_ONCE][2][4] = {};
+    multiply_chunks<Rows::UNITS, PAIRS_AT_ONCE, N == 1>(sum, chunk, x, ready);
+    #pragma unroll
+    for (int p = 0; p < PAIRS_AT_ONCE; p++)
+        leave_sums<N == 1 ? 1 : 2>(sum[p], part + p * 16);
+    return chunk + N;
+}
+
+// Multiply the next N blocks (1 or 2), whose columns are several chunks, side by side, by x.
+template <int N>
+static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half *x, float *part)
+{
+    constexpr int LAST = Rows::UNITS - (Rows::SPANS - 1) * Rows::SPAN_UNITS; // units of the last chunk
+    float sum[1][2][4] = {};
+    #pragma unroll
+    for (int span = 0; span < Rows::SPANS - 1; span++, chunk += N) {
+        Warp_x<Rows::SPAN_UNITS> some;
+        multiply_chunks<Rows::SPAN_UNITS, 1, N == 1>(sum, chunk, some, [&](Warp_x<Rows::SPAN_UNITS> &to) {
+            to.load(x + span * Rows::SPAN_UNITS * 32);
+        });
+    }
+    Warp_x<LAST> rest;
+    multiply_chunks<LAST, 1, N == 1>(sum, chunk, rest, [&](Warp_x<LAST> &to) {
+        to.load(x + (Rows::SPANS - 1) * Rows::SPAN_UNITS * 32);
+    });
+    leave_sums<N>(sum[0], part);
+    return chunk + N;
+}
+
+// Multiply N blocks by x, from chunk CHUNK on; sums go to PART[warp][row].  The first weights are read before AWAIT
+// brings x, unless IS_READY says that it is there.  Returns the next chunk.
+template <class Await>
+static __device__ __forceinline__ u32 multiply_round(u32 chunk, const half *x, int n, float *part, bool is_ready, Await await)
+{
+    constexpr bool EARLY = false;
+    if (!is_ready && (!EARLY || n < 4)) {
+        await();
+        is_ready = true;
+    }
+    if (Rows::SPANS > 1) {
+        #pragma unroll 1
+        for (int i = 0; i + 2 <= n; i += 2)
+            chunk = multiply_long_blocks<2>(chunk, x, part + i * 8);
+        return n % 2 ? multiply_long_blocks<1>(chunk, x, part + (n - 1) * 8) : chunk;
+    }
+    Warp_x<Rows::UNITS> mine;
+    const auto nothing = [](Warp_x<Rows::UNITS> &) {};
+    int i = 0;
+    if (is_ready)
+        mine.load(x);
+    #pragma unroll 1
+    for (; STAGES >= 8 && i + 4 <= n; i += 4)
+        chunk = multiply_blocks<4>(chunk, mine, part + i * 8, [&](Warp_x<Rows::UNITS> &to) {
+            if (!EARLY || is_ready)
+                return;
+            await();
+            to.load(x);
+            is_ready = true;
+        });
+    #pragma unroll 1
+    for (; i + 2 <= n; i += 2)
+        chunk = multiply_blocks<2>(chunk, mine, part + i * 8, nothing);
+    if (i < n)
+        chunk = multiply_blocks<1>(chunk, mine, part + i * 8, nothing);
+    return chunk;
+}
+
+static __device__ __forceinline__ float row_total(const float *part, int row)
+{
+    float total = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < WARPS; i++)
+        total += part[i * (ROUND * 8) + row];
+    return total;
+}
+
+// ---- Embedding and norms -------------------------------------------------------------
+
+// x[0], behind O, and x[1], behind DOWN, have been sent before the rms of their residual was known: as
+// residual * weight / the rms of the other one, at its time.  To be divided by x's own:
+static __device__ __forceinline__ float inverse_rms(int which)
+{
+    float sum = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < (GROUP * WARPS + 31) / 32; i++) {
+        const int at = i * 32 + threadIdx.x % 32;
+        sum += at < GROUP * WARPS ? S->squares[which][at][0] : 0.0f;
+    }
+    return rsqrtf(warp_sum(sum) * (1.0f / D) + EPS);
+}
+
+// What products of x[WHICH], whose inverse_rms is INVERSE, are still to be multiplied by.
+static __device__ __forceinline__ float x_factor(int which, float inverse) { return inverse * S->unguess[which]; }
+
+// The sum of VALUE over all consumer threads, in every one of them.
+static __device__ __forceinline__ float block_sum(float value)
+{
+    value = warp_sum(value);
     if (threadIdx.x % 32 == 0)
         S->sum[threadIdx.x / 32] = value;
     consumer_barrier();
@@ -552,290 +1018,166 @@ static __device__ __forceinline__ float block_sum(float value)
     return total;
 }
 
-// ---- Matrix x vector, from the ring --------------------------------------------------
-
-// x lies in S->scratch as half pairs, so that lane t < 4 reads its part of a unit's 32 columns,
-// columns 2t, 2t+1 of each of the 4 tiles, with one 16-byte load.
-static __device__ __forceinline__ void store_x(int pair, u32 value)
+// Two elements of the embedding of TOKEN, from column COL on.
+static __device__ __forceinline__ float2 embedding(int token, int col)
 {
-    ((u32 *)S->scratch)[pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4] = value;
+    // in the head's stream: row token % 8 of its block token / 8
+    const unsigned char *row = S->args.stream + place(Head::rows(0, token / 8), Head::columns(0, col / 32))
+                             + token % 8 * 16;
+    const u32 pair = *(const u32 *)(row + col % 8 / 2 * 128 + col % 32 / 8 * 4);
+    return make_float2(low(pair), high(pair));
 }
 
-// Zeros behind column COLS, up to the end of its unit.
-static __device__ __forceinline__ void pad_x(int cols)
-{
-    const int pair = cols / 2 + threadIdx.x;
-    if (pair < (cols + 31) / 32 * 16)
-        store_x(pair, 0);
-}
-
-static __device__ __forceinline__ void wait_landed(u32 chunk)
-{
-    Watch watch;
-    while (!gate_await_landed(&S->full[chunk % STAGES], chunk / STAGES))
-        watch.poll(S->args.fault, AT_RING, chunk, load_flag(&S->landed));
-}
-
-// Multiply the next N blocks of the ring by x.  The left operand of the mma is 16 rows: two
-// blocks, or one of them twice; every column of the right one is x, and the first result is
-// used.  Each warp takes every WARPS-th unit and writes its sums to PART[row][warp].  Returns
-// the next chunk.
-template <class P, int N>
-static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, float (*part)[WARPS])
-{
-    static_assert(N == 1 || P::SPANS == 1, "the ring may not hold so many chunks");
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int my_half = N == 2 ? lane / 8 % 2 : 0; // whose rows this lane gives to ldmatrix
-    float sum[4][4] = {}; // chains of independent sums
-    #pragma unroll
-    for (int span = 0; span < P::SPANS; span++, chunk += N) {
-        const int units = min(P::SPAN_UNITS, P::UNITS - span * P::SPAN_UNITS);
-        const unsigned char *x_at = S->scratch + (span * P::SPAN_UNITS + warp) * 64 + lane % 4 * 16;
-        const u32 w_at = shared_address(S->ring[(chunk + my_half) % STAGES])
-                       + warp * 512 + lane / 16 * 128 + lane % 8 * 16;
-        #pragma unroll
-        for (int b = 0; b < N; b++)
-            wait_landed(chunk + b);
-        #pragma unroll
-        for (int i = 0; i < (units + WARPS - 1) / WARPS; i++) {
-            if ((i + 1) * WARPS <= units || i * WARPS + warp < units) {
-                const uint4 x = *(const uint4 *)(x_at + i * WARPS * 64);
-                u32 w[2][4]; // columns 0-15 and 16-31
-                ldmatrix(w[0], w_at + i * WARPS * 512);
-                ldmatrix(w[1], w_at + i * WARPS * 512 + 256);
-                mma(sum[i % 2 * 2], w[0][0], w[0][1], w[0][2], w[0][3], x.x, x.y);
-                mma(sum[i % 2 * 2 + 1], w[1][0], w[1][1], w[1][2], w[1][3], x.z, x.w);
-            }
-        }
-        __syncwarp();
-        if (lane < N)
-            gate_release(&S->free[(chunk + lane) % STAGES]);
-    }
-    if (lane % 4 == 0) {
-        #pragma unroll
-        for (int b = 0; b < N; b++)
-            part[b * 8 + lane / 4][warp] = (sum[0][b * 2] + sum[1][b * 2])
-                                         + (sum[2][b * 2] + sum[3][b * 2]);
-    }
-    return chunk;
-}
-
-// Blocks of phase P that CTA blockIdx.x has.
-template <class P>
-static __device__ __forceinline__ int my_blocks()
-{
-    constexpr int DEALT = P::BLOCKS / P::STEP;
-    return (DEALT / CTAS + ((int)blockIdx.x < DEALT % CTAS)) * P::STEP;
-}
-
-// Which block of the phase my block LOCAL is.
-template <class P>
-static __device__ __forceinline__ int my_block(int local)
-{
-    return (local / P::STEP * CTAS + blockIdx.x) * P::STEP + local % P::STEP;
-}
-
-// Chunks of this CTA: of phase P, of a layer, of a token.
-template <class P>
-static __device__ __forceinline__ u32 phase_chunks() { return my_blocks<P>() * P::SPANS; }
-
-static __device__ __forceinline__ u32 layer_chunks()
-{
-    return phase_chunks<Qkv>() + phase_chunks<O>() + phase_chunks<Mlp>() + phase_chunks<Down>();
-}
-
-static __device__ __forceinline__ u32 token_chunks() { return L * layer_chunks() + phase_chunks<Head>(); }
-
-// The first chunk of LAYER of the token at work; LAYER = L: of the head.
-static __device__ __forceinline__ u32 layer_chunk(int layer)
-{
-    return S->index * token_chunks() + layer * layer_chunks();
-}
-
-// Tags: TOKEN_TAGS of a token, the layers' and then the sampler's.
-constexpr u32 TOKEN_TAGS = 34;
-static __device__ __forceinline__ u32 layer_tag(int layer)
-{
-    return S->args.epoch + S->index * TOKEN_TAGS + layer;
-}
-
-static __device__ __forceinline__ float row_total(const float (*part)[WARPS], int row)
-{
-    float total = 0.0f;
-    #pragma unroll
-    for (int i = 0; i < WARPS; i++)
-        total += part[row][i];
-    return total;
-}
-
-// Multiply all my blocks of phase P by x, in rounds; after each, FINISH(first block, blocks,
-// part) is called by all consumer threads.
-template <class P, class Finish>
-static __device__ __forceinline__ void multiply(u32 chunk, Finish finish)
-{
-    consumer_barrier(); // x is there
-    const int blocks = my_blocks<P>();
-    #pragma unroll 1
-    for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
-        const int n = min(ROUND, blocks - first);
-        constexpr int AT_ONCE = P::SPANS == 1 ? 2 : 1;
-        int i = 0;
-        #pragma unroll 1
-        for (; i + AT_ONCE <= n; i += AT_ONCE)
-            chunk = multiply_blocks<P, AT_ONCE>(chunk, S->part[side] + i * 8);
-        if (i < n)
-            chunk = multiply_blocks<P, 1>(chunk, S->part[side] + i * 8);
-        consumer_barrier();
-        finish(first, n, S->part[side]);
-    }
-}
-
-// x = the N values of HOP.
-template <int N>
-static __device__ __forceinline__ void await_x(const Word *hop, u32 tag, u32 stage)
-{
-    half *x = (half *)S->scratch;
-    const auto at = [&](int word) { return hop + word; };
-    await_words<N / 8 * 3>(tag, stage, at, [&](int word, const Word &got) {
-        #pragma unroll
-        for (int i = 0; i < 3; i++) {
-            if (i < word_count(word)) {
-                const int e = word_first(word) + i, pair = e / 2;
-                const int place = pair / 16 * 16 + pair % 4 * 4 + pair % 16 / 4; // as store_x
-                x[place * 2 + e % 2] = to_half(word_value(got, i));
-            }
-        }
-    });
-    pad_x(N);
-}
-
-// Multiply phase P by x and send its rows, times SCALE, to HOP.
-template <class P>
-static __device__ __forceinline__ void multiply_send(u32 chunk, int hop, u32 tag, float scale = 1.0f)
-{
-    multiply<P>(chunk, [&](int first, int n, const float (*part)[WARPS]) {
-        const int row = threadIdx.x, warp = threadIdx.x / 32;
-        if (warp * 4 < n) {
-            const float value = row < n * 8 ? row_total(part, row) * scale : 0.0f;
-            send_blocks(S->args.exchange + hop, tag, n - warp * 4, value,
-                        [&](int b) { return my_block<P>(first + warp * 4 + b); });
-        }
-    });
-}
-
-// ---- Embedding and norms -------------------------------------------------------------
-
-// This thread's share of a vector of D floats, read ahead of its use.
-struct Vector {
-    static constexpr int PAIRS = (D / 2 + THREADS - 1) / THREADS;
-    float2 pair[PAIRS];
-
-    __device__ __forceinline__ void load(const float *from)
-    {
-        #pragma unroll
-        for (int i = 0; i < PAIRS; i++)
-            pair[i] = ((const float2 *)from)[min(i * THREADS + (int)threadIdx.x, D / 2 - 1)];
-    }
-};
-
-// x = resid / rms * weight.  SUM: this thread's part of the sum of squares.
-static __device__ __forceinline__ void norm(float sum, const Vector &weight)
-{
-    const float scale = rsqrtf(block_sum(sum) * (1.0f / D) + EPS);
-    #pragma unroll
-    for (int i = 0; i < Vector::PAIRS; i++) {
-        const int pair = i * THREADS + threadIdx.x;
-        if (pair < D / 2) {
-            const float2 r = ((const float2 *)S->resid)[pair];
-            store_x(pair, pack(r.x * scale * weight.pair[i].x, r.y * scale * weight.pair[i].y));
-        }
-    }
-    pad_x(D);
-}
-
-// resid = the embedding of args.token; x = its norm by the weights at args.vec[WEIGHT].
+// resid = the embedding of args.token; x[1] = its norm by the weights at args.vec[WEIGHT].
 static __device__ __noinline__ void embed(int weight)
 {
     const int token = S->args.token;
+    constexpr int SHARE = (D / 2 + THREADS - 1) / THREADS; // of a thread: two elements each
+    float2 e[SHARE], w[SHARE];
     float sum = 0.0f;
-    #pragma unroll 1
-    for (int tile = threadIdx.x; tile < D / 8; tile += THREADS) {
-        // 8 columns of row token % 8 of the head's block token / 8
-        const int block = token / 8;
-        const uint4 q = *(const uint4 *)(S->args.stream + block % CTAS * CTA_BYTES + HEAD_OFFSET
-                                         + (u64)(block / CTAS) * Head::BLOCK_BYTES
-                                         + tile * 128 + token % 8 * 16);
-        const u32 v[4] = {q.x, q.y, q.z, q.w};
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float a = low(v[i]), b = high(v[i]);
-            S->resid[tile * 8 + i * 2] = a;
-            S->resid[tile * 8 + i * 2 + 1] = b;
-            sum += a * a + b * b;
-        }
+    #pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        const int col = min((i * THREADS + (int)threadIdx.x) * 2, D - 2);
+        e[i] = embedding(token, col);
+        w[i] = *(const float2 *)(S->args.vec + weight + col);
     }
-    Vector w;
-    w.load(S->args.vec + weight);
-    norm(sum, w);
+    #pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        const int col = (i * THREADS + threadIdx.x) * 2, pair = col / 16;
+        if (col < D)
+            sum += e[i].x * e[i].x + e[i].y * e[i].y;
+        if (col < D && pair % GROUP == my_rank())
+            *(float2 *)(S->resid + pair / GROUP * 16 + col % 16) = e[i];
+    }
+    sum = block_sum(sum);
+    const float scale = rsqrtf(sum * (1.0f / D) + EPS);
+    #pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        const int col = (i * THREADS + threadIdx.x) * 2;
+        if (col < D)
+            *(u32 *)(S->x[0] + col) = pack(e[i].x * scale * w[i].x, e[i].y * scale * w[i].y);
+    }
+    for (int i = threadIdx.x; i < GROUP * WARPS; i += THREADS)
+        S->squares[1][i][0] = i ? 0.0f : sum;
+    if (threadIdx.x == 0)
+        S->unguess[1] = 1.0f / scale;
+    consumer_barrier();
 }
 
-// resid += what hop O or DOWN brings; x = its norm by the weights at args.vec[WEIGHT].
-static __device__ __noinline__ void add_norm(int layer, int from, u32 stage, int weight)
+// Does GROUP send partial sums, behind O (WHICH 0) or behind DOWN?
+static __device__ __forceinline__ bool sends_sums(int which, int group)
 {
-    const Word *hop = S->args.exchange + from;
-    Vector w;
-    float sum = 0.0f;
-    w.load(S->args.vec + weight);
-    const auto at = [&](int word) { return hop + word; };
-    await_words<D / 8 * 3>(layer_tag(layer), stage, at, [&](int word, const Word &got) {
+    return which ? share_of(group).units > 0 : group < (K < GROUPS ? K : GROUPS);
+}
+
+// This lane's part of row lane % 16 of PAIR: the sum of what all groups have sent.  Six words have the
+// rows, and five lanes share the groups of a word.
+static __device__ __forceinline__ float await_sums(const Word *hop, int which, int pair, u32 tag)
+{
+    constexpr int LANES = 5, SHARE = (GROUPS + LANES - 1) / LANES;
+    const int lane = threadIdx.x % 32, word = lane % 6, turn = lane / 6 % LANES;
+    const Word *from = hop + pair * GROUPS * 6 + word;
+    Word w[SHARE];
+    Watch watch;
+    for (bool all = false; !all;) {
+        u32 wrong = 0, seen = tag;
         #pragma unroll
-        for (int i = 0; i < 3; i++) {
-            if (i < word_count(word)) {
-                float *r = S->resid + word_first(word) + i;
-                *r += word_value(got, i);
-                sum += *r * *r;
-            }
+        for (int i = 0; i < SHARE; i++) { // of a group that sends: clamped, and not added twice
+            const int group = turn + i * LANES;
+            w[i] = load_word(from + (group < GROUPS && sends_sums(which, group) ? group : which ? GROUPS - 1 : 0) * 6);
         }
-    });
-    norm(sum, w);
+        #pragma unroll
+        for (int i = 0; i < SHARE; i++) {
+            seen = w[i].tag != tag ? w[i].tag : seen;
+            wrong |= w[i].tag ^ tag;
+        }
+        all = wrong == 0;
+        if (!all)
+            watch.poll(S->args.fault, which ? AT_DOWN : AT_O, tag, seen);
+    }
+    __syncwarp();
+    float total[3] = {};
+    #pragma unroll
+    for (int i = 0; i < SHARE; i++)
+        if (turn + i * LANES < GROUPS && sends_sums(which, turn + i * LANES))
+            for (int v = 0; v < 3; v++)
+                total[v] += word_value(w[i], v);
+    const int row = lane % 16, has = row / 8 * 3 + row % 8 / 3; // the word of this lane's row
+    float sum[3] = {};
+    #pragma unroll
+    for (int turn_of = 0; turn_of < LANES; turn_of++)
+        #pragma unroll
+        for (int v = 0; v < 3; v++)
+            sum[v] += __shfl_sync(~0u, total[v], has + turn_of * 6);
+    return row % 8 % 3 == 0 ? sum[0] : row % 8 % 3 == 1 ? sum[1] : sum[2];
+}
+
+// Hop X of this group, behind O or behind DOWN: D rows, then the sums of squares.
+constexpr int X_WORDS = PAIRS * 6 + GROUP * WARPS;
+static __device__ __forceinline__ Word *x_hop(int which)
+{
+    return S->args.exchange + HOP_X + (which * GROUPS + my_group()) * X_WORDS;
+}
+
+// resid += the sums of hop O (WHICH 0) or DOWN (1); x[WHICH] = resid * the weights at
+// args.vec[WEIGHT], by way of all ranks.
+static __device__ __noinline__ void add_norm(int layer, int which, int weight)
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = my_rank();
+    const u32 tag = layer_tag(layer);
+    const Word *hop = sums_buffer(which ? HOP_DOWN : HOP_O, tag);
+    const float guess = inverse_rms(which ^ 1);
+    float squares = 0.0f;
+    if (threadIdx.x == 0)
+        S->unguess[which] = 1.0f / guess;
+    hold(1);
+    #pragma unroll 1
+    for (int nth = warp; nth < rank_pairs(rank); nth += WARPS) {
+        const int pair = nth * GROUP + rank, row = pair * 16 + lane % 16;
+        const float w = row < D ? S->args.vec[weight + row] : 0.0f;
+        const float r = S->resid[nth * 16 + lane % 16] + await_sums(hop, which, pair, tag);
+        __syncwarp();
+        if (lane < 16) {
+            S->resid[nth * 16 + lane] = r;
+            squares += r * r;
+        }
+        const auto at = [&](int block) { return pair * 2 + block; };
+        give_blocks(x_hop(which), tag, 2, r * w * guess, at);
+    }
+    hold(0);
+    squares = warp_sum(squares);
+    if (lane == 0)
+        store_word(x_hop(which) + PAIRS * 6 + rank * WARPS + warp, __float_as_uint(squares), 0, 0, tag);
+}
+
+// x[WHICH] of all ranks, of LAYER.
+static __device__ __forceinline__ void await_x(int which, int layer)
+{
+    const Word *hop = x_hop(which), *parts = hop + PAIRS * 6;
+    const u32 tag = layer_tag(layer);
+    consumer_barrier(); // x and its squares are free
+    await_words<GROUP * WARPS>(GROUP * WARPS, tag, AT_X, [&](int word) { return parts + word; },
+                               [&](int word, const Word &got) { S->squares[which][word][0] = word_value(got, 0); });
+    await_blocks<PAIRS * 2>(S->x[0], hop, D / 8, tag, AT_X);
+    consumer_barrier();
 }
 
 // ---- q, k, v = x W (+ bias) ----------------------------------------------------------
 
-// Sends the rows [H][E], [K][E], [K][E] to hop QKV.
-static __device__ __noinline__ void qkv(int layer, int bias)
+// Rows of blocks FIRST .. FIRST + N - 1 of this CTA go to all ranks of the group.
+static __device__ __forceinline__ void finish_qkv(int layer, int bias, int first, int n, const float *part, float factor)
 {
-    const u32 tag = layer_tag(layer);
-    multiply<Qkv>(layer_chunk(layer), [&](int first, int n, const float (*part)[WARPS]) {
-        const int row = threadIdx.x, warp = threadIdx.x / 32;
-        if (warp * 4 < n) {
-            float value = 0.0f;
-            if (row < n * 8) {
-                value = row_total(part, row);
-                value += S->args.vec[bias + my_block<Qkv>(first + row / 8) * 8 + row % 8];
-            }
-            send_blocks(S->args.exchange + HOP_QKV, tag, n - warp * 4, value,
-                        [&](int b) { return my_block<Qkv>(first + warp * 4 + b); });
-        }
-    });
+    const int row = threadIdx.x, warp = threadIdx.x / 32;
+    const auto at = [&](int b) { return (first + warp * 4 + b) * GROUP + my_rank(); };
+    if (warp * 4 < n) {
+        float value = row < n * 8 ? row_total(part, row) * factor : 0.0f;
+        if (row < n * 8)
+            value += S->args.vec[bias + Qkv::block(share_of(my_group()).head0, at(row / 8 % 4)) * 8 + row % 8];
+        give_blocks(qkv_hop(), layer_tag(layer), n - warp * 4, value, at);
+    }
 }
 
-// ---- Attention over the KV cache, split over CTAs ------------------------------------
-
-// Work space of one task, in S->scratch.
-struct Attention {
-    alignas(16) float q[HEAD_GROUP][E]; // normed, rotated, times log2(e) / sqrt(E)
-    alignas(16) half key[E], value[E]; // of this position
-    alignas(16) float out[WARPS][HEAD_GROUP][E]; // of each warp's positions
-    float max[WARPS][HEAD_GROUP], sum[WARPS][HEAD_GROUP];
-};
-static_assert(sizeof(Attention) <= 4464, "the plan's scratch is too small");
-
-// Splits of a context of N positions.
-static __device__ __forceinline__ int split_count(int n)
-{
-    return min(MAX_SPLITS, (n + SPLIT_MIN - 1) / SPLIT_MIN);
-}
+// ---- Attention over the KV cache, whose tiles are dealt to the ranks -----------------
 
 // One head's E values, 2 x E/64 a lane: pair i of a lane is dimensions lane + 32 i and that
 // plus E/2, which rotate together.
@@ -868,6 +1210,16 @@ struct Head_values {
             b[i] *= scale * weight.b[i];
         }
     }
+    // As halves; each 8 of them STRIDE after the last 8.
+    __device__ __forceinline__ void store(half *to, int stride, float scale) const
+    {
+        #pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            const int e = threadIdx.x % 32 + i * 32;
+            to[e / 8 * stride + e % 8] = to_half(a[i] * scale);
+            to[(e + E / 2) / 8 * stride + e % 8] = to_half(b[i] * scale);
+        }
+    }
     // By the angles whose cosines and sines are ROPE[E/2][2].
     __device__ __forceinline__ void rotate(const float2 (&rope)[PAIRS])
     {
@@ -880,331 +1232,312 @@ struct Head_values {
     }
 };
 
-// Bring this task's rows of hop QKV to the work space, ready for use; the last split also
-// adds this position's key and value to the cache.
-static __device__ __forceinline__ void attn_load(Attention &A, u32 tag, int head, int q0, int queries,
-                                                 half *cache, int pos, bool last, const float *vec)
+// The tiles that this CTA has of each of its group's heads, up to the one of position POS.
+static __device__ __forceinline__ int my_tiles(int pos)
 {
-    constexpr int HEAD_WORDS = E / 8 * 3;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float *raw = &A.out[0][0][0]; // [HEAD_GROUP + 2][E]: not in use yet
-    float2 rope[Head_values::PAIRS];
-    #pragma unroll
-    for (int i = 0; i < Head_values::PAIRS; i++)
-        rope[i] = ((const float2 *)S->args.rope)[(u64)pos * (E / 2) + lane + i * 32];
-
-    await_words<(HEAD_GROUP + 2) * HEAD_WORDS>(tag, AT_QKV, [&](int word) {
-        const int i = word / HEAD_WORDS;
-        const int row = i < HEAD_GROUP ? q0 + min(i, queries - 1)
-                      : i == HEAD_GROUP ? H + head : H + K + head;
-        return S->args.exchange + HOP_QKV + row * HEAD_WORDS + word % HEAD_WORDS;
-    }, [&](int word, const Word &got) {
-        float *to = raw + word / HEAD_WORDS * E + word_first(word % HEAD_WORDS);
-        for (int i = 0; i < word_count(word); i++)
-            to[i] = word_value(got, i);
-    });
-    consumer_barrier();
-
-    #pragma unroll 1
-    for (int i = warp; i < HEAD_GROUP + 2; i += WARPS) {
-        Head_values x;
-        x.load(raw + i * E);
-        if (i < HEAD_GROUP) {
-            x.rotate(rope);
-            for (int j = 0; j < Head_values::PAIRS; j++) {
-                A.q[i][lane + j * 32] = x.a[j] * SOFTMAX_SCALE;
-                A.q[i][lane + j * 32 + E / 2] = x.b[j] * SOFTMAX_SCALE;
-            }
-        } else if (last) {
-            half *to = i == HEAD_GROUP ? A.key : A.value;
-            if (i == HEAD_GROUP) {
-                x.rotate(rope);
-            }
-            half *row = cache + (i == HEAD_GROUP ? 0 : KV_VALUE) + (u64)pos * E;
-            for (int j = 0; j < Head_values::PAIRS; j++) {
-                const int e = lane + j * 32;
-                to[e] = to_half(x.a[j]);
-                to[e + E / 2] = to_half(x.b[j]);
-                if (q0 % (H / K) == 0) { // one of the GROUPS tasks that share the head
-                    *late(&row[e]) = to[e];
-                    *late(&row[e + E / 2]) = to[e + E / 2];
-                }
-            }
-        }
-    }
-    consumer_barrier();
+    return (pos / KV_TILE - my_rank() + GROUP) / GROUP;
 }
 
-// The keys and values that a lane reads at once: 8 dimensions of AHEAD positions.  A group of
-// LANES lanes takes a position.
-struct Rows {
-    static constexpr int LANES = E / 8, AT_ONCE = 32 / LANES; // positions that a warp reads side by side
-    static constexpr int AHEAD = KV_AHEAD;
-    static constexpr int WARP = AT_ONCE * AHEAD; // positions of a warp
-    uint4 key[AHEAD], value[AHEAD];
+// What rows are normed and rotated with, read before they come.
+struct Attention_constants {
+    float2 rope[Head_values::PAIRS];
 
-    static __device__ __forceinline__ int first(int from)
+    __device__ __forceinline__ void load(int pos, const float *vec)
     {
-        return from + (int)(threadIdx.x / 32) * WARP;
-    }
-    static __device__ __forceinline__ int row(int base, int r)
-    {
-        return base + r * AT_ONCE + (int)(threadIdx.x % 32) / LANES;
-    }
-
-    // From the cache, which has no row POS yet; positions from TO on give those before.
-    __device__ __forceinline__ void load(const half *cache, int base, int to, int pos)
-    {
-        const int dim = (int)(threadIdx.x % LANES) * 8;
         #pragma unroll
-        for (int r = 0; r < AHEAD; r++) {
-            const half *at = cache + (u64)max(min(min(row(base, r), to - 1), pos - 1), 0) * E + dim;
-            key[r] = *(const uint4 *)at;
-            value[r] = *(const uint4 *)(at + KV_VALUE);
+        for (int i = 0; i < Head_values::PAIRS; i++)
+            rope[i] = ((const float2 *)S->args.rope)[(u64)pos * (E / 2) + threadIdx.x % 32 + i * 32];
+    }
+};
+
+// From S->qkv: queries to S->q, normed, rotated, times log2(e) / sqrt(E).  The rank whose tile has
+// position POS takes its key and value to S->now.
+static __device__ __forceinline__ void attn_rows(int pos, const Attention_constants &c)
+{
+    const int warp = threadIdx.x / 32;
+    const Share mine = share_of(my_group());
+    const bool writes = pos / KV_TILE % GROUP == my_rank();
+    #pragma unroll 1
+    for (int i = warp; i < mine.heads * (RATIO + 2); i += WARPS) {
+        const int head = i / (RATIO + 2), j = i % (RATIO + 2), which = j - RATIO; // key or value
+        if (which >= 0 && !writes)
+            continue;
+        Head_values x;
+        x.load(S->qkv[head][j]);
+        if (which < 1) { // not a value
+            x.rotate(c.rope);
+        }
+        x.store(which < 0 ? S->q[head * RATIO + j] : S->now[head][which], which < 0 ? 8 : 64,
+                which < 0 ? SOFTMAX_SCALE : 1.0f);
+    }
+}
+
+// This position's keys and values, of all heads of the group, to the cache.
+static __device__ __forceinline__ void attn_keep(half *cache, int pos)
+{
+    const Share mine = share_of(my_group());
+    for (int i = threadIdx.x; i < mine.heads * 2 * (E / 8); i += THREADS) {
+        const int head = i / (2 * (E / 8)), which = i / (E / 8) % 2, e = i % (E / 8) * 8;
+        *late((uint4 *)(cache + (mine.head0 + head) * KV_HEAD + which * KV_VALUE + kv_at(pos, e))) =
+            *(const uint4 *)(S->now[head][which] + e * 8);
+    }
+}
+
+// One warp's sums for up to 8 query heads: columns of the mma, whose rows are positions, then
+// dimensions.  A lane has heads lane % 4 * 2 and + 1.
+struct Attention {
+    u32 q[E / 8];
+    float out[E / 16][4], top[2], mass[2]; // dimensions lane / 4, + 8 of each 16; mass: of the lane's positions
+
+    // QUERIES: of the first head; HEADS of them.
+    __device__ __forceinline__ void start(const half *queries, int heads)
+    {
+        const int lane = threadIdx.x % 32, head = lane / 4;
+        const u32 *from = (const u32 *)(queries + min(head, heads - 1) * E) + lane % 4;
+        #pragma unroll
+        for (int i = 0; i < E / 8; i++)
+            q[i] = from[i * 4];
+        #pragma unroll
+        for (int i = 0; i < E / 16; i++)
+            out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+        top[0] = top[1] = -1e30f;
+        mass[0] = mass[1] = 0.0f;
+    }
+
+    // P: positions lane / 4 and + 8 of two heads; as the right operand: two positions of a head.
+    static __device__ __forceinline__ u32 turn(u32 p)
+    {
+        const int lane = threadIdx.x % 32, from = lane % 4 * 8 + lane / 8;
+        const u32 a = __shfl_sync(~0u, p, from), b = __shfl_sync(~0u, p, from + 4);
+        return lane / 4 % 2 ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
+    }
+
+    // Attend to 16 positions whose keys and values lie at KEYS and VALUES, the second 8 STRIDE behind the first; those
+    // from COUNT on are not there: what lies in their place may not even be numbers.
+    __device__ __forceinline__ void attend(u32 keys, u32 values, int stride, int count)
+    {
+        const int lane = threadIdx.x % 32, even = lane % 4 * 2;
+        const u32 key_at = keys + lane / 8 % 2 * stride + lane / 16 * 128 + lane % 8 * 16;
+        const u32 value_at = values + lane / 16 * stride + lane / 8 % 2 * 128 + lane % 8 * 16;
+        const u32 there[2] = {(even < count ? 0xffff : 0) | (even + 1 < count ? 0xffff0000 : 0),
+                              (even + 8 < count ? 0xffff : 0) | (even + 9 < count ? 0xffff0000 : 0)};
+        float s[2][4] = {};
+        #pragma unroll
+        for (int i = 0; i < E / 16; i++) {
+            u32 key[4];
+            ldmatrix(key, key_at + i * 256);
+            mma(s[i % 2], key[0], key[1], key[2], key[3], q[i * 2], q[i * 2 + 1]);
+        }
+        float p[2][2], keep[2]; // [head][position]
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float a = lane / 4 < count ? s[0][h] + s[1][h] : -1e30f;
+            const float b = lane / 4 + 8 < count ? s[0][h + 2] + s[1][h + 2] : -1e30f;
+            float best = fmaxf(top[h], fmaxf(a, b));
+            #pragma unroll
+            for (int i = 4; i < 32; i *= 2)
+                best = fmaxf(best, __shfl_xor_sync(~0u, best, i));
+            keep[h] = exp2_approx(top[h] - best);
+            p[h][0] = exp2_approx(a - best);
+            p[h][1] = exp2_approx(b - best);
+            mass[h] = mass[h] * keep[h] + (p[h][0] + p[h][1]);
+            top[h] = best;
+        }
+        const u32 p0 = turn(pack(p[0][0], p[1][0])), p1 = turn(pack(p[0][1], p[1][1]));
+        #pragma unroll
+        for (int i = 0; i < E / 16; i++) {
+            u32 value[4];
+            ldmatrix_transposed(value, value_at + i * 256);
+            #pragma unroll
+            for (int c = 0; c < 4; c++)
+                out[i][c] *= keep[c % 2];
+            mma(out[i], value[0] & there[0], value[1] & there[0], value[2] & there[1], value[3] & there[1], p0, p1);
+        }
+    }
+
+    // Leave them for HEADS heads from FIRST on.
+    __device__ __forceinline__ void leave(int first, int heads)
+    {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int head = lane % 4 * 2 + h;
+            #pragma unroll
+            for (int i = 4; i < 32; i *= 2)
+                mass[h] += __shfl_xor_sync(~0u, mass[h], i);
+            if (head < heads) {
+                #pragma unroll
+                for (int i = 0; i < E / 16; i++) {
+                    S->out[warp][first + head][i * 16 + lane / 4] = out[i][h];
+                    S->out[warp][first + head][i * 16 + lane / 4 + 8] = out[i][h + 2];
+                }
+                if (lane < 4) {
+                    S->top[warp][first + head] = top[h];
+                    S->mass[warp][first + head] = mass[h];
+                }
+            }
         }
     }
 };
 
-// Each warp attends to its share of positions FROM .. TO-1, the first of which are in NEXT, and
-// leaves its sums in the work space.
-static __device__ __forceinline__ void attn_positions(Attention &A, Rows next, const half *cache,
-                                                      int pos, int from, int to)
+// The warp that attends to this position itself, in the rank that has its tile: the next one behind those
+// that have cached positions, or the last.
+static __device__ __forceinline__ int now_warp(int pos) { return min(my_tiles(pos) * (KV_TILE / 16), WARPS - 1); }
+
+// Each warp attends to its share of this CTA's tiles of head HEAD of the group, from chunk CHUNK on, 16 positions
+// at a time, and leaves its sums.  Returns the next chunk.
+static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
 {
-    constexpr int LANES = Rows::LANES, AHEAD = Rows::AHEAD;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int sub = lane / LANES, dim = lane % LANES * 8;
-    float q[HEAD_GROUP][8], out[HEAD_GROUP][8] = {}, top[HEAD_GROUP], sum[HEAD_GROUP] = {};
+    constexpr int PARTS = KV_TILE / 16, QUERIES = (RATIO + 7) / 8; // 16 positions; 8 query heads
+    constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PARTS : 1; // tiles at once
+    const int warp = threadIdx.x / 32, tiles = my_tiles(pos), part = warp % PARTS, mine = warp / PARTS;
+    const bool is_last = pos / KV_TILE % GROUP == my_rank() && warp == now_warp(pos);
+    Attention a[QUERIES];
     #pragma unroll
-    for (int g = 0; g < HEAD_GROUP; g++) {
-        top[g] = -1e30f;
-        #pragma unroll
-        for (int i = 0; i < 8; i++)
-            q[g][i] = A.q[g][dim + i];
-    }
-
+    for (int i = 0; i < QUERIES; i++)
+        a[i].start(S->q[head * RATIO + i * 8], min(RATIO - i * 8, 8));
     #pragma unroll 1
-    for (int base = Rows::first(from); base < to; base += WARPS * Rows::WARP) {
-        Rows rows = next;
-        next.load(cache, base + WARPS * Rows::WARP, to, pos);
-        #pragma unroll
-        for (int r = 0; r < AHEAD; r++) {
-            if (min(Rows::row(base, r), to - 1) == pos) {
-                rows.key[r] = *(const uint4 *)(A.key + dim);
-                rows.value[r] = *(const uint4 *)(A.value + dim);
-            }
-        }
-        #pragma unroll
-        for (int g = 0; g < HEAD_GROUP; g++) {
-            float score[AHEAD], best = top[g];
+    for (int tile = 0; tile < tiles; tile += TURN) {
+        const int n = min(TURN, tiles - tile); // this warp takes tile MINE of these
+        const int first = (my_rank() + (tile + mine) * GROUP) * KV_TILE + part * 16; // position
+        const unsigned char *keys = S->ring[(chunk + mine) % STAGES] + part * (E * 32);
+        wait_landed(chunk + n);
+        if (mine < n && first < pos)
             #pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                const uint4 key = rows.key[r];
-                float s = q[g][0] * low(key.x) + q[g][1] * high(key.x)
-                        + q[g][2] * low(key.y) + q[g][3] * high(key.y)
-                        + q[g][4] * low(key.z) + q[g][5] * high(key.z)
-                        + q[g][6] * low(key.w) + q[g][7] * high(key.w);
-                #pragma unroll
-                for (int i = LANES / 2; i; i /= 2)
-                    s += __shfl_xor_sync(~0u, s, i);
-                score[r] = Rows::row(base, r) < to ? s : -1e30f;
-                best = fmaxf(best, score[r]);
-            }
-            const float keep = exp2f(top[g] - best);
-            top[g] = best;
-            sum[g] *= keep;
-            #pragma unroll
-            for (int i = 0; i < 8; i++)
-                out[g][i] *= keep;
-            #pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                const float p = score[r] > -1e30f ? exp2f(score[r] - best) : 0.0f;
-                const u32 v[4] = {rows.value[r].x, rows.value[r].y, rows.value[r].z, rows.value[r].w};
-                sum[g] += p;
-                #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    out[g][i * 2] += p * low(v[i]);
-                    out[g][i * 2 + 1] += p * high(v[i]);
-                }
-            }
-        }
+            for (int i = 0; i < QUERIES; i++)
+                a[i].attend(shared_address(keys), shared_address(keys + KV_VALUE * 2), E * 16, pos - first);
+        release_chunks(chunk, n);
+        chunk += n;
     }
-
-    #pragma unroll
-    for (int g = 0; g < HEAD_GROUP; g++) {
+    if (is_last)
         #pragma unroll
-        for (int i = LANES; i < 32; i *= 2) { // over the lane groups
-            const float other = __shfl_xor_sync(~0u, top[g], i), best = fmaxf(top[g], other);
-            const float mine = exp2f(top[g] - best), theirs = exp2f(other - best);
-            sum[g] = sum[g] * mine + __shfl_xor_sync(~0u, sum[g], i) * theirs;
+        for (int i = 0; i < QUERIES; i++)
+            a[i].attend(shared_address(S->now[head][0]), shared_address(S->now[head][1]), 0, 1);
+    #pragma unroll
+    for (int i = 0; i < QUERIES; i++)
+        a[i].leave(i * 8, min(RATIO - i * 8, 8));
+    return chunk;
+}
+
+// Hop PART: of a rank and query head of this group E values, then their maximum and sum.
+constexpr int PART_WORDS = E / 8 * 3 + 1;
+static __device__ __forceinline__ Word *part_hop(int rank)
+{
+    return S->args.exchange + HOP_PART + (my_group() * GROUP + rank) * (MOST_HEADS * RATIO * PART_WORDS);
+}
+
+// Merge what the first warps, WARPS of them, have left for the queries of HEAD, and send it to all ranks.
+static __device__ __forceinline__ void attn_send(int head, u32 tag, int warps)
+{
+    constexpr int VALUES = 3, WORDS = E / 8 * 3;
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < RATIO * WORDS ; i += THREADS) {
+        const int query = i / WORDS % RATIO, word = i % WORDS;
+        const int e = word_first(word);
+        float best = -1e30f, sum = 0.0f, out[VALUES] = {};
+        #pragma unroll 4
+        for (int w = 0; w < warps; w++)
+            best = fmaxf(best, S->top[w][query]);
+        #pragma unroll 4
+        for (int w = 0; w < warps; w++) {
+            const float scale = exp2_approx(S->top[w][query] - best);
+            sum += S->mass[w][query] * scale;
             #pragma unroll
-            for (int d = 0; d < 8; d++)
-                out[g][d] = out[g][d] * mine + __shfl_xor_sync(~0u, out[g][d], i) * theirs;
-            top[g] = best;
+            for (int v = 0; v < VALUES; v++)
+                out[v] += S->out[w][query][min(e + v, E - 1)] * scale;
         }
-        if (sub == 0) {
-            *(float4 *)&A.out[warp][g][dim] = make_float4(out[g][0], out[g][1], out[g][2], out[g][3]);
-            *(float4 *)&A.out[warp][g][dim + 4] = make_float4(out[g][4], out[g][5], out[g][6], out[g][7]);
-        }
-        if (lane == 0) {
-            A.max[warp][g] = top[g];
-            A.sum[warp][g] = sum[g];
-        }
+        Word *to = part_hop(my_rank()) + (head * RATIO + query) * PART_WORDS;
+        store_word(to + word, __float_as_uint(out[0]), __float_as_uint(out[1]), __float_as_uint(out[2]), tag);
+        if (word == 0)
+            store_word(to + WORDS, __float_as_uint(best), __float_as_uint(sum), 0, tag);
     }
 }
 
-// Merge the warps' sums and send them: to hop ATTN when there is one split, else to hop PART.
-static __device__ __forceinline__ void attn_send(const Attention &A, u32 tag, int q0, int queries,
-                                                 int split, int splits)
-{
-    constexpr int HEAD_WORDS = E / 8 * 3;
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < queries * HEAD_WORDS; i += THREADS) {
-        const int g = i / HEAD_WORDS, word = i % HEAD_WORDS, e = word_first(word);
-        const int e2 = min(e + 2, E - 1); // the last word of a block has no third value
-        float best = A.max[0][g], sum = 0.0f, out[3] = {};
-        #pragma unroll
-        for (int w = 1; w < WARPS; w++)
-            best = fmaxf(best, A.max[w][g]);
-        #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const float scale = exp2f(A.max[w][g] - best);
-            sum += A.sum[w][g] * scale;
-            out[0] += A.out[w][g][e] * scale;
-            out[1] += A.out[w][g][e + 1] * scale;
-            out[2] += A.out[w][g][e2] * scale;
-        }
-        const float scale = splits == 1 ? 1.0f / sum : 1.0f;
-        Word *to = S->args.exchange
-                 + (splits == 1 ? HOP_ATTN + (q0 + g) * HEAD_WORDS
-                                : HOP_PART + (split * H + q0 + g) * HEAD_WORDS);
-        store_word(to + word, __float_as_uint(out[0] * scale), __float_as_uint(out[1] * scale),
-                   __float_as_uint(out[2] * scale), tag);
-        if (splits > 1 && word == 0)
-            store_word(S->args.exchange + HOP_SCALE + split * H + q0 + g, __float_as_uint(best),
-                       __float_as_uint(sum), 0, tag);
-    }
-}
-
-// LAYER_CACHE and VEC: where the layer's cache and vectors begin.  Tasks are (KV head, group of
-// its query heads, split); CTA c takes tasks c, c + CTAS, ...
+// LAYER_CACHE and VEC: where the layer's cache and vectors begin.
 static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
 {
-    Attention &A = *(Attention *)S->scratch;
-    const u32 tag = layer_tag(layer);
-    const int pos = S->args.pos + S->index;
-    const int splits = split_count(pos + 1);
+    const int pos = S->args.pos + S->index, heads = share_of(my_group()).heads;
+    u32 chunk = my_chunk();
+    if (!heads)
+        return;
+    Attention_constants constants;
+    constants.load(pos, S->args.vec + vec);
+    await_blocks<GROUP_QKV>(&S->qkv[0][0][0], qkv_hop(), heads * Qkv::GROUPED, layer_tag(layer), AT_QKV);
+    consumer_barrier();
+    if (!my_tiles(pos))
+        return;
+    attn_rows(pos, constants);
     #pragma unroll 1
-    for (int task = blockIdx.x; task < K * GROUPS * splits; task += CTAS) {
-        const int head = task % K, group = task / K % GROUPS, split = task / (K * GROUPS);
-        const int q0 = head * (H / K) + group * HEAD_GROUP;
-        const int queries = min(HEAD_GROUP, (head + 1) * (H / K) - q0);
-        const int from = (int)((long long)(pos + 1) * split / splits);
-        const int to = (int)((long long)(pos + 1) * (split + 1) / splits);
-        half *cache = S->args.kv + layer_cache + head * KV_HEAD;
-        Rows rows; // on their way while q is awaited, and the rest to L2
-        rows.load(cache, Rows::first(from), to, pos);
-        for (int line = from * E / 64 + (int)threadIdx.x; line < min(to, pos) * E / 64; line += THREADS) {
-            prefetch_l2(cache + line * 64);
-            prefetch_l2(cache + KV_VALUE + line * 64);
-        }
-        consumer_barrier(); // the work space is free
-        attn_load(A, tag, head, q0, queries, cache, pos, split == splits - 1, S->args.vec + vec);
-        attn_positions(A, rows, cache, pos, from, to);
+    for (int head = 0; head < heads; head++) {
+        consumer_barrier(); // queries and this position's row are there; what the warps left has been sent
+        chunk = attn_head(chunk, head, pos);
         consumer_barrier();
-        attn_send(A, tag, q0, queries, split, splits);
+        attn_send(head, layer_tag(layer), now_warp(pos) + 1);
     }
+    if (pos / KV_TILE % GROUP == my_rank())
+        attn_keep(S->args.kv + layer_cache, pos);
+    take_chunks(chunk);
 }
 
-// Merge the splits: hops PART and SCALE -> hop ATTN.  A warp makes a word, a lane reads every
-// 32nd split.
-static __device__ __noinline__ void attn_merge(int layer)
+// y = the sums of all ranks that have positions, merged and divided.
+static __device__ __forceinline__ void attn_merge(int layer)
 {
+    const int heads = share_of(my_group()).heads, ranks = min(GROUP, (S->args.pos + S->index) / KV_TILE + 1);
     const u32 tag = layer_tag(layer);
-    constexpr int HEAD_WORDS = E / 8 * 3;
-    const int splits = split_count(S->args.pos + S->index + 1), lane = threadIdx.x % 32;
-    if (splits == 1)
-        return;
-    if (threadIdx.x == 0)
-        store_flag(&S->hold, 1);
+    hold(1);
     #pragma unroll 1
-    for (int word = blockIdx.x + CTAS * (threadIdx.x / 32); word < H * HEAD_WORDS; word += CTAS * WARPS) {
+    for (int i = threadIdx.x; i < heads * RATIO * (E / 8 * 3); i += THREADS) {
+        const int query = i / (E / 8 * 3), word = i % (E / 8 * 3);
         float best = -1e30f, sum = 0.0f, out[3] = {};
         #pragma unroll 1
-        for (int split = lane; split < splits; split += 32) {
-            const Word *part_at = S->args.exchange + HOP_PART + split * H * HEAD_WORDS + word;
-            const Word *scale_at = S->args.exchange + HOP_SCALE + split * H + word / HEAD_WORDS;
-            Word part = load_word(part_at), scale = load_word(scale_at);
+        for (int rank = 0; rank < ranks; rank++) {
+            const Word *from = part_hop(rank) + query * PART_WORDS;
+            Word part = load_word(from + word), scale = load_word(from + PART_WORDS - 1);
             Watch watch;
             while (part.tag != tag || scale.tag != tag) {
                 watch.poll(S->args.fault, AT_PART, tag, part.tag);
-                part = load_word(part_at);
-                scale = load_word(scale_at);
+                part = load_word(from + word);
+                scale = load_word(from + PART_WORDS - 1);
             }
-            const float top = fmaxf(best, word_value(scale, 0));
-            const float mine = exp2f(best - top), theirs = exp2f(word_value(scale, 0) - top);
-            best = top;
+            const float higher = fmaxf(best, word_value(scale, 0));
+            const float mine = exp2_approx(best - higher), theirs = exp2_approx(word_value(scale, 0) - higher);
+            best = higher;
             sum = sum * mine + word_value(scale, 1) * theirs;
             #pragma unroll
-            for (int i = 0; i < 3; i++)
-                out[i] = out[i] * mine + word_value(part, i) * theirs;
+            for (int v = 0; v < 3; v++)
+                out[v] = out[v] * mine + word_value(part, v) * theirs;
         }
-        #pragma unroll
-        for (int i = 16; i; i /= 2) {
-            const float top = fmaxf(best, __shfl_xor_sync(~0u, best, i));
-            const float mine = exp2f(best - top), theirs = exp2f(__shfl_xor_sync(~0u, best, i) - top);
-            sum = sum * mine + __shfl_xor_sync(~0u, sum, i) * theirs;
-            #pragma unroll
-            for (int j = 0; j < 3; j++)
-                out[j] = out[j] * mine + __shfl_xor_sync(~0u, out[j], i) * theirs;
-            best = top;
-        }
-        if (lane == 0)
-            store_word(S->args.exchange + HOP_ATTN + word, __float_as_uint(out[0] / sum),
-                       __float_as_uint(out[1] / sum), __float_as_uint(out[2] / sum), tag);
+        for (int v = 0; v < word_count(word); v++)
+            S->y[query * E + word_first(word) + v] = to_half(__fdividef(out[v], sum));
     }
-    if (threadIdx.x == 0)
-        store_flag(&S->hold, 0);
+    hold(0);
+    consumer_barrier();
 }
 
-// x = the attention output; then its projection goes to hop O.
-static __device__ __noinline__ void attn_out(int layer)
-{
-    const u32 tag = layer_tag(layer);
-    consumer_barrier(); // x is free
-    await_x<H * E>(S->args.exchange + HOP_ATTN, tag, AT_ATTN);
-    multiply_send<O>(layer_chunk(layer) + phase_chunks<Qkv>(), HOP_O, tag);
-}
+// ---- MLP: silu(x W_gate) * (x W_up) --------------------------------------------------
 
-// ---- MLP -----------------------------------------------------------------------------
-
-// silu(x W_gate) * (x W_up) goes to hop MLP.  Gate and up blocks come in turn.
-static __device__ __noinline__ void mlp(int layer)
+// Products of blocks FIRST .. FIRST + N - 1 of this CTA, gate and up in turn, go to all ranks of the group.
+static __device__ __forceinline__ void finish_mlp(int layer, int first, int n, const float *part, float factor)
 {
-    const u32 tag = layer_tag(layer);
-    const u32 chunk = layer_chunk(layer) + phase_chunks<Qkv>() + phase_chunks<O>();
-    multiply<Mlp>(chunk, [&](int first, int n, const float (*part)[WARPS]) {
-        const int row = threadIdx.x, warp = threadIdx.x / 32;
-        if (warp * 8 < n) {
-            float value = 0.0f;
-            if (row < n * 4) {
-                const float gate = row_total(part, row / 8 * 16 + row % 8);
-                const float up = row_total(part, row / 8 * 16 + 8 + row % 8);
-                value = gate / (1.0f + __expf(-gate)) * up * MLP_SCALE;
-            }
-            send_blocks(S->args.exchange + HOP_MLP, tag, n / 2 - warp * 4, value,
-                        [&](int b) { return my_block<Mlp>(first + warp * 8 + b * 2) / 2; });
+    const int row = threadIdx.x, warp = threadIdx.x / 32;
+    if (warp * 8 < n) {
+        float value = 0.0f;
+        if (row < n * 4) {
+            const float gate = row_total(part, row / 8 * 16 + row % 8) * factor;
+            const float up = row_total(part, row / 8 * 16 + 8 + row % 8) * factor;
+            value = __fdividef(gate, 1.0f + __expf(-gate)) * up * MLP_SCALE;
         }
-    });
+        const auto at = [&](int b) { return (first / 2 + warp * 4 + b) * GROUP + my_rank(); };
+        give_blocks(mlp_hop(), layer_tag(layer), n / 2 - warp * 4, value, at);
+    }
 }
 
-// x = the product; then its projection goes to hop DOWN.
-static __device__ __noinline__ void mlp_down(int layer)
+// The group's products, in S->act.
+static __device__ __forceinline__ void await_product(int layer, int units)
 {
-    const u32 tag = layer_tag(layer);
-    consumer_barrier(); // x is free
-    await_x<F>(S->args.exchange + HOP_MLP, tag, AT_MLP);
-    multiply_send<Down>(layer_chunk(layer + 1) - phase_chunks<Down>(), HOP_DOWN, tag,
-                        1.0f / MLP_SCALE);
+    await_blocks<MOST_UNITS * 4>(S->act, mlp_hop(), units * 4, layer_tag(layer), AT_MLP);
+    consumer_barrier();
+
 }
 
 // ---- Head and sampler ----------------------------------------------------------------
@@ -1252,17 +1585,15 @@ static __device__ __noinline__ void grid_best(Best best, u32 tag)
     block_best(best);
     if (threadIdx.x == 0) {
         best = best_found();
-        fence_gpu(); // this CTA's cache rows before the word that lets others read them
         store_word(S->args.exchange + HOP_BEST + blockIdx.x, __float_as_uint(best.value), best.id,
                    best.canceled, tag);
     }
     best = {-infinity(), V, 0};
-    await_words<CTAS>(tag, AT_BEST, [&](int word) { return S->args.exchange + HOP_BEST + word; },
+    await_words<CTAS>(CTAS, tag, AT_BEST, [&](int word) { return S->args.exchange + HOP_BEST + word; },
                       [&](int, const Word &got) {
                           best = better(best, {word_value(got, 0), (int)got.v[1], got.v[2]});
                       });
     block_best(best);
-    fence_gpu();
 }
 
 static __device__ __forceinline__ float *token_logits()
@@ -1270,32 +1601,156 @@ static __device__ __forceinline__ float *token_logits()
     return S->args.logits + S->index * S->args.logits_stride;
 }
 
-// logits = x W; returns this thread's best.  Rows past V are padding.
-static __device__ __noinline__ Best head()
+// The id of this CTA's row ROW of the head.
+static __device__ __forceinline__ int logit_id(int row) { return (row / 8 * CTAS + (int)blockIdx.x) * 8 + row % 8; }
+
+// Logits of blocks FIRST .. FIRST + N - 1 of this CTA; MINE: this thread's best.  Rows past V are padding.
+static __device__ __forceinline__ void finish_head(int first, int n, const float *part, float factor, Best &mine)
 {
-    float *logits = token_logits();
-    Best mine = {-infinity(), V, 0};
-    multiply<Head>(layer_chunk(L), [&](int first, int n, const float (*part)[WARPS]) {
-        const int id = my_block<Head>(first + threadIdx.x / 8) * 8 + threadIdx.x % 8;
-        if (threadIdx.x < n * 8 && id < V) {
-            const float value = row_total(part, threadIdx.x);
-            logits[id] = value;
-            mine = better(mine, {value, id, 0});
+    const int id = logit_id(first * 8 + threadIdx.x);
+    if (threadIdx.x < n * 8 && id < V) {
+        const float value = row_total(part, threadIdx.x) * factor;
+        token_logits()[id] = value;
+        mine = better(mine, {value, id, 0});
+    }
+}
+
+// ---- Stages of matrices that are split by rows ---------------------------------------
+
+enum { QKV_ROWS, MLP_ROWS, HEAD_ROWS };
+
+// Multiply all my blocks of WHAT by x, in rounds, and send what they give.  BIAS: where it begins in args.vec.  Returns
+// this thread's best logit.
+static __device__ __noinline__ Best rows(int what, int layer, int bias)
+{
+    const int which = what != MLP_ROWS; // x
+    const int blocks = what == QKV_ROWS ? Qkv::mine() : what == MLP_ROWS ? Mlp::mine() : Head::mine();
+    Best best = {-infinity(), V, 0};
+    bool is_ready = which && !layer; // the embedding's
+    float inverse;
+    const auto await = [&] {
+        await_x(which, layer - which);
+        inverse = inverse_rms(which);
+    };
+    if (is_ready)
+        inverse = inverse_rms(which);
+    else if (!blocks) // who sends what comes next has waited for x of all ranks
+        await();
+    u32 chunk = my_chunk();
+    #pragma unroll 1
+    for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
+        const int n = min(ROUND, blocks - first);
+        float *part = S->part_sums[side][0];
+        chunk = multiply_round(chunk, S->x[0], n, part, is_ready, await);
+        is_ready = true;
+        consumer_barrier();
+        const float factor = x_factor(which, inverse);
+        if (what == QKV_ROWS)
+            finish_qkv(layer, bias, first, n, part, factor);
+        else if (what == MLP_ROWS)
+            finish_mlp(layer, first, n, part, factor);
+        else
+            finish_head(first, n, part, factor, best);
+    }
+    take_chunks(chunk);
+    return best;
+}
+
+// ---- Matrices that are split by columns: each warp has its own rows ------------------
+
+// To the same rank in all groups: this group's part of a pair of D rows, which lanes 4 r have, rows r
+// and r + 8.
+static __device__ __forceinline__ void send_pair(Word *hop, int pair, u32 tag, const float (&sum)[2])
+{
+    const int word = threadIdx.x % 32 % 6; // three rows
+    float v[3];
+    #pragma unroll
+    for (int i = 0; i < 3; i++) {
+        const int from = (word % 3 * 3 + i & 7) * 4;
+        const float a = __shfl_sync(~0u, sum[0], from), b = __shfl_sync(~0u, sum[1], from);
+        v[i] = word < 3 ? a : b;
+    }
+    if (threadIdx.x % 32 < 6)
+        store_word(hop + (pair * GROUPS + my_group()) * 6 + word, __float_as_uint(v[0]), __float_as_uint(v[1]),
+                   __float_as_uint(v[2]), tag);
+}
+
+// What O (WHICH 0) or DOWN multiplies: attention's output in S->y, or the MLP product in S->act.
+static __device__ __forceinline__ void await_columns(int which, int layer, int units)
+{
+    if (which)
+        await_product(layer, units);
+    else
+        attn_merge(layer);
+}
+
+// Multiply my rows of O (WHICH 0) or DOWN (1) by what this group has of their columns, and send the sums.  The first
+// weights are read before x is awaited.
+static __device__ __noinline__ void columns(int which, int layer)
+{
+    constexpr bool EARLY = 1 > 1; // elsewhere registers are too few
+    constexpr int SPAN = O::SPAN_UNITS > Down::SPAN_UNITS ? O::SPAN_UNITS : Down::SPAN_UNITS;
+    constexpr int FIT = STAGES < 8 ? 2 : 4, CHUNKS = FIT * SPAN <= 8 ? FIT : SPAN <= 4 ? 2 : 1; // at once
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = my_rank();
+    const int span = which ? Down::SPAN_UNITS : O::SPAN_UNITS;
+    const Share mine = share_of(my_group());
+    const int units = which ? mine.units : mine.heads * O::HEAD_UNITS;
+    const half *x = which ? S->act : S->y;
+    const u32 tag = layer_tag(layer);
+    bool is_ready = false;
+    u32 chunk = my_chunk();
+    Set set = {0, 0};
+    if (!units)
+        return;
+    if (!EARLY)
+        await_columns(which, layer, units);
+    #pragma unroll 1
+    for (int i = 0; i < SETS; i++) {
+        set = set_of(rank, set.first + set.pairs);
+        const u32 at = warp * 1024 + lane / 8 % 2 * 512 + lane / 16 * 128 + lane % 8 * 16;
+        float sum[2][2][4] = {}; // chains of independent sums
+        #pragma unroll 1
+        for (int from = 0; from < units; from += CHUNKS * span) {
+            const int chunks = min(CHUNKS, (units - from + span - 1) / span);
+            Unit unit[CHUNKS][SPAN];
+            wait_landed(chunk + chunks);
+            #pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+                #pragma unroll
+                for (int u = 0; u < SPAN; u++) // what is not there is not multiplied
+                    unit[c][u].load(shared_address(S->ring[(chunk + min(c, chunks - 1)) % STAGES])
+                                    + (warp < set.pairs && u < span ? at + u * set.pairs * 1024 : 0));
+            if (EARLY && !is_ready)
+                await_columns(which, layer, units);
+            is_ready = true;
+            #pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+                #pragma unroll
+                for (int u = 0; u < SPAN; u++)
+                    if (u < span && from + c * span + u < units)
+                        unit[c][u].multiply(sum[u % 2], load_x(x, from + c * span + u));
+            release_chunks(chunk, chunks);
+            chunk += chunks;
         }
-    });
-    return mine;
+        if (warp < set.pairs) {
+            const float scale = which ? 1.0f / MLP_SCALE : 1.0f;
+            float rows[2];
+            #pragma unroll
+            for (int b = 0; b < 2; b++)
+                rows[b] = ((sum[0][0][b * 2] + sum[0][1][b * 2]) + (sum[1][0][b * 2] + sum[1][1][b * 2])) * scale;
+            send_pair(sums_buffer(which ? HOP_DOWN : HOP_O, tag), (set.first + warp) * GROUP + rank, tag, rows);
+        }
+    }
+    take_chunks(chunk);
 }
 
 // USE(id) for every logit of this CTA: each thread for its share.
 template <class Use>
 static __device__ __forceinline__ void my_logits(Use use)
 {
-    const int rows = my_blocks<Head>() * 8;
-    for (int row = threadIdx.x; row < rows; row += THREADS) {
-        const int id = my_block<Head>(row / 8) * 8 + row % 8;
-        if (id < V)
-            use(id);
-    }
+    for (int row = threadIdx.x; row < Head::mine() * 8; row += THREADS)
+        if (logit_id(row) < V)
+            use(logit_id(row));
 }
 
 // An order-preserving map from floats to integers.
@@ -1359,7 +1814,7 @@ static __device__ __noinline__ void count_digit(const float *logits, float top, 
         S->hist[threadIdx.x / 5][threadIdx.x % 5] = 0;
     consumer_barrier();
     const auto at = [&](int word) { return hop + word; };
-    await_words<CTAS * 16>(tag, AT_COUNT, at, [&](int word, const Word &got) {
+    await_words<CTAS * 16>(CTAS * 16, tag, AT_COUNT, at, [&](int word, const Word &got) {
         u32 *bin = S->hist[word % 16];
         atomicAdd(bin, got.v[0]);
         add_mass(bin, (u64)got.v[2] << 32 | got.v[1]);
@@ -1452,18 +1907,24 @@ static __device__ __noinline__ void sample(Best best)
 
 // The producer warp keeps the ring full of this CTA's stream, across phases, layers and tokens.
 // What it has brought so far is in S->filled and S->landed, which no one else writes.
+// On sm_90 and later one lane does it all; before, the warp's lanes share the copies, and go by what lane 0 sees.
+static __device__ __forceinline__ bool is_producer() { return threadIdx.x >= THREADS; }
+static __device__ __forceinline__ u32 of_lane0(u32 value) { return __shfl_sync(~0u, value, 0); }
+static __device__ __forceinline__ void sync_producer() { __syncwarp(); }
 
-// Count the chunks that have landed, of those before chunk FILLED.
+// Tell the consumers which chunks have landed, of those before chunk FILLED.
 static __device__ __forceinline__ u32 count_landed(u32 filled)
 {
-    u32 landed = S->landed;
+    const u32 before = S->landed;
+    u32 landed = before;
     while (landed < filled && gate_landed(&S->full[landed % STAGES], landed / STAGES))
         landed++;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        store_flag(&S->landed, landed); // the watchdog's report reads it
-    __syncwarp();
-    return __shfl_sync(~0u, landed, 0);
+    landed = of_lane0(landed);
+    sync_producer();
+    if (threadIdx.x % 32 == 0 && landed != before)
+        publish_flag(&S->landed, landed);
+    sync_producer();
+    return landed;
 }
 
 // Bring the next BYTES as chunk CHUNK, when its stage is free and few enough chunks are on their
@@ -1475,36 +1936,92 @@ static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src,
         const u32 landed = count_landed(chunk);
         const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
         const bool go = chunk - landed < most && gate_free(&S->free[stage], chunk / STAGES);
-        if (__shfl_sync(~0u, load_flag(&S->done), 0))
+        if (of_lane0(load_flag(&S->done)))
             return false;
-        if (__shfl_sync(~0u, go, 0))
+        if (of_lane0(go))
             break;
     }
     gate_fill(&S->full[stage], S->ring[stage], src, bytes);
     return true;
 }
 
-// Bring all my blocks of phase P, which lie at byte OFFSET of this CTA's stream.
-template <class P>
-static __device__ __noinline__ void feed(u64 offset)
+// The producer's next chunk, when its warp has got there.
+static __device__ __forceinline__ void set_filled(u32 chunk)
 {
-    const unsigned char *src = S->args.stream + blockIdx.x * CTA_BYTES + offset;
-    const int blocks = my_blocks<P>();
-    u32 chunk = S->filled;
-    bool here = true; // the consumers are
-    #pragma unroll 1
-    for (int block = 0; block < blocks && here; block++) {
-        #pragma unroll 1
-        for (int span = 0; span < P::SPANS && here; span++) {
-            here = fill(chunk, src + block * P::BLOCK_BYTES + span * P::SPAN_UNITS * 512,
-                        min(P::SPAN_UNITS, P::UNITS - span * P::SPAN_UNITS) * 512);
-            chunk += here;
-        }
-    }
-    __syncwarp();
+    sync_producer();
     if (threadIdx.x % 32 == 0)
         S->filled = chunk;
-    __syncwarp();
+    sync_producer();
+}
+
+static __device__ __forceinline__ const unsigned char *my_stream() { return S->args.stream + blockIdx.x * CTA_BYTES; }
+
+// LAYER of this CTA's stream.
+static __device__ __forceinline__ const unsigned char *my_layer(const Share &mine, int layer)
+{
+    return my_stream() + LAYERS_OFFSET + (u64)layer * mine.layer;
+}
+
+// Bring N chunks of BYTES each, the last of LAST, that lie STRIDE bytes apart from SRC on; while the consumers are
+// here.
+static __device__ __noinline__ void feed(const unsigned char *src, u64 stride, int bytes, int n, int last)
+{
+    u32 chunk = S->filled;
+    #pragma unroll 1
+    for (int i = 0; i < n && fill(chunk, src + i * stride, i == n - 1 ? last : bytes); i++)
+        chunk++;
+    set_filled(chunk);
+}
+
+// Bring BLOCKS blocks, whose rows are all columns of x.
+static __device__ __forceinline__ void feed_rows(const unsigned char *src, int blocks)
+{
+    constexpr int SPAN = Head::SPAN_UNITS * 512, LAST = Head::BLOCK_BYTES - (Head::SPANS - 1) * SPAN;
+    if (Head::SPANS == 1)
+        feed(src, SPAN, SPAN, blocks, SPAN);
+    for (int i = 0; Head::SPANS > 1 && i < blocks; i += 2) { // two blocks side by side, as far as there are two
+        const int n = min(2, blocks - i);
+        for (int span = 0; span < Head::SPANS; span++) {
+            const int bytes = span < Head::SPANS - 1 ? SPAN : LAST;
+            feed(src + (u64)i * Head::BLOCK_BYTES + span * SPAN, Head::BLOCK_BYTES, bytes, n, bytes);
+        }
+    }
+}
+
+// Bring UNITS units of my pairs of rows, SPAN at a time.
+static __device__ __forceinline__ void feed_columns(const unsigned char *src, int units, int span)
+{
+    Set set = {0, 0};
+    #pragma unroll 1
+    for (int i = 0; units && i < SETS; i++) {
+        set = set_of(my_rank(), set.first + set.pairs);
+        const int bytes = span * set.pairs * 1024, n = (units + span - 1) / span;
+        feed(src, bytes, bytes, n, (units - (n - 1) * span) * set.pairs * 1024);
+        src += units * set.pairs * 1024;
+    }
+}
+
+// My tiles of the cache of each of the group's heads.  The rows before this token are there: a whole
+// token's chunks, more than the ring has, went through it since the last one was written.
+static __device__ __forceinline__ void feed_kv(const Share &mine, int layer)
+{
+    const int tiles = my_tiles(S->args.pos + S->fed);
+    #pragma unroll 1
+    for (int head = 0; head < mine.heads; head++)
+        feed((const unsigned char *)(S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD
+                                     + (u64)my_rank() * KV_TILE_ELEMS),
+             GROUP * KV_TILE_ELEMS * 2, KV_TILE_ELEMS * 2, tiles, KV_TILE_ELEMS * 2);
+}
+
+static __device__ __noinline__ void feed_layer(int layer)
+{
+    const Share mine = share_of(my_group());
+    const unsigned char *src = my_layer(mine, layer);
+    feed_rows(src, Qkv::mine());
+    feed_kv(mine, layer);
+    feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS);
+    feed_rows(src + mine.mlp, Mlp::mine());
+    feed_columns(src + mine.down, mine.units, Down::SPAN_UNITS);
 }
 
 // The host's word, off the critical path: next_token passes it on.
@@ -1512,7 +2029,6 @@ static __device__ __noinline__ void look_for_cancel()
 {
     if (blockIdx.x == 0 && threadIdx.x % 32 == 0)
         store_flag(&S->canceled, load_system(S->args.cancel));
-    __syncwarp();
 }
 
 // Nothing may arrive after the CTA has gone.
@@ -1525,48 +2041,43 @@ static __device__ __noinline__ void drain()
 static __device__ __forceinline__ void produce()
 {
     do {
-        // layer 00
-        feed<Qkv>(0);
-        feed<O>(14336);
-        feed<Mlp>(21504);
-        feed<Down>(50176);
-        // layer 01
-        feed<Qkv>(59904);
-        feed<O>(74240);
-        feed<Mlp>(81408);
-        feed<Down>(110080);
+        #pragma unroll 1
+        for (int layer = 0; layer < L; layer++)
+            feed_layer(layer);
         look_for_cancel();
-        feed<Head>(HEAD_OFFSET);
-    } while (S->filled < S->args.n * token_chunks() && __shfl_sync(~0u, !load_flag(&S->done), 0));
+        feed_rows(my_stream(), Head::mine());
+        sync_producer();
+        if (threadIdx.x % 32 == 0)
+            S->fed++;
+        sync_producer();
+    } while (S->fed < S->args.n && !of_lane0(load_flag(&S->done)));
     drain();
 }
 
 // ---- Decode: one token ---------------------------------------------------------------
 
-// All layers for the token whose embedding is in resid and whose norm is in x; x is then
+// All layers for the token whose embedding is in resid and whose norm is in x[1]; x[1] is then
 // what the head multiplies.  Numbers: the layer, then offsets into args.vec and args.kv.
 static __device__ __forceinline__ void layers()
 {
 
     // layer 00
-    qkv(0, 896);
+    rows(QKV_ROWS, 0, 896);
     attn(0, 0, 0);
-    attn_merge(0);
-    attn_out(0);
-    add_norm(0, HOP_O, AT_O, 448);
-    mlp(0);
-    mlp_down(0);
-    add_norm(0, HOP_DOWN, AT_DOWN, 1472);
+    columns(0, 0);
+    add_norm(0, 0, 448);
+    rows(MLP_ROWS, 0, 0);
+    columns(1, 0);
+    add_norm(0, 1, 1472);
 
     // layer 01
-    qkv(1, 2368);
+    rows(QKV_ROWS, 1, 2368);
     attn(1, 65536, 1472);
-    attn_merge(1);
-    attn_out(1);
-    add_norm(1, HOP_O, AT_O, 1920);
-    mlp(1);
-    mlp_down(1);
-    add_norm(1, HOP_DOWN, AT_DOWN, 2944);
+    columns(0, 1);
+    add_norm(1, 0, 1920);
+    rows(MLP_ROWS, 1, 0);
+    columns(1, 1);
+    add_norm(1, 1, 2944);
 }
 
 // ---- Decode: the kernel --------------------------------------------------------------
@@ -1583,7 +2094,7 @@ static __device__ __forceinline__ bool is_stop(int id)
 // The token at work gives the next one: true when there is one more to run.
 static __device__ __noinline__ bool next_token()
 {
-    Best best = head();
+    Best best = rows(HEAD_ROWS, L, 0);
     best.canceled = blockIdx.x == 0 && threadIdx.x == 0 ? load_flag(&S->canceled) : 0;
     if (S->args.temperature > 0.0f)
         sample(best);
@@ -1609,11 +2120,15 @@ static __device__ __forceinline__ void start(const mk_args &args)
 {
     if (threadIdx.x == 0) {
         S->args = args;
-        S->hold = S->done = S->canceled = S->filled = S->landed = S->index = 0;
+        S->hold = S->done = S->canceled = S->filled = S->landed = S->fed = S->index = 0;
+        for (int i = 0; i < WARPS; i++)
+            S->chunk[i] = 0;
         for (int i = 0; i < STAGES; i++)
             gate_init(&S->full[i], &S->free[i]);
         gate_init_done();
     }
+    for (int i = threadIdx.x; i < MOST_HEADS * 2 * E * 8; i += blockDim.x)
+        S->now[0][0][i] = 0;
     __syncthreads();
 }
 
@@ -1625,7 +2140,8 @@ mk_decode(const __grid_constant__ mk_args args)
 {
     start(args);
     if (threadIdx.x >= THREADS) {
-        produce();
+        if (is_producer())
+            produce();
     } else {
         do {
             embed(VEC_ATTN_NORM);
@@ -1635,15 +2151,6 @@ mk_decode(const __grid_constant__ mk_args args)
 }
 
 // ---- Pack: a matrix into the streams -------------------------------------------------
-
-// Where block BLOCK of a phase lies.  PHASE: where the phase begins in the first stream.
-template <class P, class Byte>
-static __device__ __forceinline__ Byte *block_at(Byte *phase, int block)
-{
-    const int dealt = block / P::STEP;
-    return phase + dealt % CTAS * CTA_BYTES
-         + (u64)(dealt / CTAS * P::STEP + block % P::STEP) * P::BLOCK_BYTES;
-}
 
 static __device__ __forceinline__ float fp16_value(u16 x)
 {
@@ -1675,30 +2182,33 @@ static __device__ __forceinline__ float source_value(const mk_pack_args &args, u
     return ((const float *)args.src)[index];
 }
 
-// 8 columns of row ROW from column COL on; zeros outside the matrix.
-static __device__ __forceinline__ uint4 source_piece(const mk_pack_args &args, int row, int col)
+// What tile TILE has of row ROW; zeros outside the matrix.
+static __device__ __forceinline__ uint4 source_piece(const mk_pack_args &args, int row, int tile)
 {
-    float v[8];
+    u32 pair[4];
     #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        v[i] = 0.0f;
-        if (row < args.rows && col + i < args.cols)
-            v[i] = source_value(args, (u64)row * args.cols + col + i);
+    for (int i = 0; i < 4; i++) {
+        const int col = pair_column(tile, i);
+        const u64 at = (u64)row * args.cols + col;
+        const float a = row < args.rows && col < args.cols ? source_value(args, at) : 0.0f;
+        const float b = row < args.rows && col + 1 < args.cols ? source_value(args, at + 1) : 0.0f;
+        pair[i] = pack(a, b);
     }
-    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-// Threads take pieces of 16 bytes in the order in which a block has them: tile, then row.
+// Threads take pieces of 16 bytes in the order in which a unit has them: tile, then row.
 template <class P>
-static __device__ __forceinline__ void pack_phase(const mk_pack_args &args, u64 offset)
+static __device__ __forceinline__ void pack_phase(const mk_pack_args &args)
 {
     constexpr int PIECES = P::UNITS * 32; // of a block
     const int blocks = (args.rows + 7) / 8;
     #pragma unroll 1
     for (u64 i = blockIdx.x * blockDim.x + threadIdx.x; i < (u64)blocks * PIECES; i += gridDim.x * blockDim.x) {
         const int block = (int)(i / PIECES), piece = (int)(i % PIECES);
-        unsigned char *to = block_at<P>(args.stream + offset, args.block0 + block * args.block_step);
-        ((uint4 *)to)[piece] = source_piece(args, block * 8 + piece % 8, piece / 8 * 8);
+        unsigned char *to = args.stream + place(P::rows(args.layer, args.block0 + block * args.block_step),
+                                                P::columns(args.layer, piece / 32));
+        ((uint4 *)to)[piece % 32] = source_piece(args, block * 8 + piece % 8, piece / 8);
     }
 }
 
@@ -1714,19 +2224,18 @@ static __device__ __forceinline__ void pack_plain(const mk_pack_args &args)
 // Any grid and block.
 extern "C" __global__ void mk_pack(const __grid_constant__ mk_pack_args args)
 {
-    const u64 layer = args.layer * LAYER_BYTES;
     if (args.plain)
         pack_plain(args);
     else if (args.phase == 0)
-        pack_phase<Qkv>(args, layer + QKV_OFFSET);
+        pack_phase<Qkv>(args);
     else if (args.phase == 1)
-        pack_phase<O>(args, layer + O_OFFSET);
+        pack_phase<O>(args);
     else if (args.phase == 2)
-        pack_phase<Mlp>(args, layer + MLP_OFFSET);
+        pack_phase<Mlp>(args);
     else if (args.phase == 3)
-        pack_phase<Down>(args, layer + DOWN_OFFSET);
+        pack_phase<Down>(args);
     else
-        pack_phase<Head>(args, HEAD_OFFSET);
+        pack_phase<Head>(args);
 }
 
 // ---- Prefill: shared memory, scratch, grid barrier -----------------------------------
@@ -1747,7 +2256,7 @@ static_assert(sizeof(Prefill_shared) <= 132096, "the plan's shared memory is too
 extern __shared__ Prefill_shared G[];
 
 // Scratch, in bytes from its start.  Activations lie in blocks of 8 tokens, like weights in
-// blocks of 8 rows: tiles of 8 tokens x 8 columns (128 bytes), along the columns.
+// blocks of 8 rows: units along the columns, and the same columns in each of their 4 tiles.
 constexpr u64 PF_RESID = 0; // float [T][D]: the residual stream
 constexpr u64 PF_X = 917504; // norms, in blocks; then q, half [T][H][E]
 constexpr u64 PF_Y = PF_X + (u64)PREFILL_TOKENS * 608 * 2; // attention; then MLP products
@@ -1761,11 +2270,12 @@ static __device__ __forceinline__ float *prefill_raw() { return (float *)(G->arg
 static __device__ __forceinline__ unsigned char *prefill_x() { return G->args.scratch + PF_X; }
 static __device__ __forceinline__ unsigned char *prefill_y() { return G->args.scratch + PF_Y; }
 
-// Where column COL of token TOKEN lies in activations of UNITS units.
+// Where columns COL, which is even, and COL + 1 of token TOKEN lie in activations of UNITS units.
 template <int UNITS>
 static __device__ __forceinline__ u32 activation_at(u32 token, u32 col)
 {
-    return (token / 8 * (UNITS * 4) + col / 8) * 128 + token % 8 * 16 + col % 8 * 2;
+    const u32 tile = token / 8 * (UNITS * 4) + col / 32 * 4 + col % 8 / 2; // see pair_column
+    return tile * 128 + token % 8 * 16 + col % 32 / 8 * 4;
 }
 
 // All writes of all CTAs before it are seen by all after it.  COUNT: arrivals that it waits for.
@@ -1784,16 +2294,31 @@ static __device__ __noinline__ void grid_barrier(u32 count)
 
 // ---- Prefill: embedding and norms, a warp per token ----------------------------------
 
+// What tile TILE of an activation has of a vector of D floats; zeros behind it.
+static __device__ __forceinline__ void load_tile(float2 (&pair)[4], const float *from, int tile)
+{
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int col = pair_column(tile, i);
+        pair[i] = make_float2(0.0f, 0.0f);
+        if (D % 32 == 0 || col < D)
+            pair[i] = *(const float2 *)(from + col);
+    }
+}
+
 // x = resid / rms * weight.
 static __device__ __forceinline__ void prefill_norm_row(int token, const float *weight)
 {
     const int lane = threadIdx.x % 32;
-    const float4 *row = (const float4 *)(prefill_resid() + (u64)token * D);
+    const float *row = prefill_resid() + (u64)token * D;
     float sum = 0.0f;
     #pragma unroll 4
-    for (int tile = lane; tile < D / 8; tile += 32) {
-        const float4 a = row[tile * 2], b = row[tile * 2 + 1];
-        sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+    for (int tile = lane; tile < Qkv::UNITS * 4; tile += 32) {
+        float2 r[4];
+        load_tile(r, row, tile);
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum += r[i].x * r[i].x + r[i].y * r[i].y;
     }
     #pragma unroll
     for (int i = 16; i; i /= 2)
@@ -1801,16 +2326,15 @@ static __device__ __forceinline__ void prefill_norm_row(int token, const float *
     const float scale = rsqrtf(sum * (1.0f / D) + EPS);
     #pragma unroll 4
     for (int tile = lane; tile < Qkv::UNITS * 4; tile += 32) {
-        uint4 x = make_uint4(0, 0, 0, 0); // behind column D
-        if (tile < D / 8) {
-            const float4 a = row[tile * 2], b = row[tile * 2 + 1];
-            const float4 u = ((const float4 *)weight)[tile * 2], v = ((const float4 *)weight)[tile * 2 + 1];
-            x.x = pack(a.x * scale * u.x, a.y * scale * u.y);
-            x.y = pack(a.z * scale * u.z, a.w * scale * u.w);
-            x.z = pack(b.x * scale * v.x, b.y * scale * v.y);
-            x.w = pack(b.z * scale * v.z, b.w * scale * v.w);
-        }
-        *late((uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, tile * 8))) = x;
+        float2 r[4], w[4];
+        u32 x[4];
+        load_tile(r, row, tile);
+        load_tile(w, weight, tile);
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+            x[i] = pack(r[i].x * scale * w[i].x, r[i].y * scale * w[i].y);
+        *late((uint4 *)(prefill_x() + activation_at<Qkv::UNITS>(token, pair_column(tile, 0))))
+            = make_uint4(x[0], x[1], x[2], x[3]);
     }
 }
 
@@ -1830,14 +2354,20 @@ static __device__ __noinline__ void prefill_embed()
     #pragma unroll 1
     for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS) {
         const int id = G->args.tokens[token];
-        float4 *row = (float4 *)(prefill_resid() + (u64)token * D);
+        float *row = prefill_resid() + (u64)token * D;
         #pragma unroll 4
-        for (int tile = lane; tile < D / 8; tile += 32) { // the lane that reads them in the norm
-            // 8 columns of row id % 8 of the head's block id / 8
-            const uint4 q = *(const uint4 *)(block_at<Head>(G->args.stream + HEAD_OFFSET, id / 8)
-                                             + tile * 128 + id % 8 * 16);
-            *late(row + tile * 2) = make_float4(low(q.x), high(q.x), low(q.y), high(q.y));
-            *late(row + tile * 2 + 1) = make_float4(low(q.z), high(q.z), low(q.w), high(q.w));
+        for (int tile = lane; tile < Head::UNITS * 4; tile += 32) { // the lane that reads them in the norm
+            // row id % 8 of the head's block id / 8
+            const uint4 q = *(const uint4 *)(G->args.stream + place(Head::rows(0, id / 8), Head::columns(0, tile / 4))
+                                             + tile % 4 * 128 + id % 8 * 16);
+            const u32 v[4] = {q.x, q.y, q.z, q.w};
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int col = pair_column(tile, i);
+                if (D % 32 == 0 || col < D) {
+                    *late((float2 *)(row + col)) = make_float2(low(v[i]), high(v[i]));
+                }
+            }
         }
         prefill_norm_row(token, G->args.vec + VEC_ATTN_NORM);
     }
@@ -1884,37 +2414,44 @@ static __device__ __forceinline__ int tile_count(int blocks)
 // What a thread copies of one tile: the same 16 bytes of every PASS-th block, stage after stage.
 template <class P, class T>
 struct Tile_source {
-    const unsigned char *x, *w[T::W_COPIES];
-    int piece, tokens, blocks; // 16 bytes of a block; how far the first is from the end
+    const unsigned char *x, *stream;
+    Block_place w[T::W_COPIES];
+    Unit_place columns; // of the next stage
+    int layer, piece, tokens, blocks; // 16 bytes of a block; how far the first is from the end
     u32 to; // of the first stage
 
-    __device__ __forceinline__ Tile_source(const unsigned char *from, const unsigned char *weights,
-                                           int token0, int block0)
+    __device__ __forceinline__ Tile_source(const unsigned char *from, int of_layer, int token0, int block0)
     {
         const int first = threadIdx.x / T::COLS;
+        layer = of_layer;
         piece = threadIdx.x % T::COLS;
         x = from + (token0 / 8 + first) * P::BLOCK_BYTES + piece * 16;
+        stream = G->args.stream + piece % 32 * 16;
         tokens = G->args.n - (token0 + first * 8 + piece % 8);
         blocks = P::BLOCKS - (block0 + first);
         #pragma unroll
         for (int i = 0; i < T::W_COPIES; i++)
-            w[i] = block_at<P>(weights, blocks > i * T::PASS ? block0 + first + i * T::PASS : 0) + piece * 16;
+            w[i] = P::rows(layer, blocks > i * T::PASS ? block0 + first + i * T::PASS : 0);
+        columns = P::columns(layer, piece / 32);
         to = shared_address(G->work) + threadIdx.x * 16;
     }
-    // Zeros for tokens, blocks and columns that do not exist.
+    // The next chunk; zeros for tokens, blocks and columns that do not exist.
     __device__ __forceinline__ void copy(int stage, int chunk)
     {
         const u32 at = to + stage * T::STAGE_BYTES;
-        const int from = chunk * (T::COLS * 16);
-        const bool inside = P::UNITS % T::UNITS == 0 || chunk * T::UNITS + piece / 32 < P::UNITS;
+        const int unit = chunk * T::UNITS + piece / 32;
+        const bool inside = P::UNITS % T::UNITS == 0 || unit < P::UNITS;
         #pragma unroll
         for (int i = 0; i < T::X_COPIES; i++)
-            copy16(at + i * (PREFILL_THREADS * 16), x + i * (T::PASS * P::BLOCK_BYTES) + from,
+            copy16(at + i * (PREFILL_THREADS * 16), x + i * (T::PASS * P::BLOCK_BYTES) + chunk * (T::COLS * 16),
                    inside && tokens > i * (T::PASS * 8) ? 16 : 0);
         #pragma unroll
         for (int i = 0; i < T::W_COPIES; i++)
-            copy16(at + T::X_BYTES + i * (PREFILL_THREADS * 16), w[i] + from,
+            copy16(at + T::X_BYTES + i * (PREFILL_THREADS * 16), stream + place(w[i], columns),
                    inside && blocks > i * T::PASS ? 16 : 0);
+        columns.nth += T::UNITS;
+        if (columns.nth >= columns.units) // in another group, or split by rows
+            columns = P::columns(layer, unit + T::UNITS);
     }
 };
 
@@ -1982,12 +2519,12 @@ static __device__ __forceinline__ void multiply_tile(float (&sum)[T::M16][T::N8]
     }
 }
 
-// Tiles of x W, dealt to CTAs in turn, for blocks FIRST .. LAST-1 of phase P.  WRITE(token, block,
+// Tiles of x W, dealt to CTAs in turn, for blocks FIRST .. LAST-1 of phase P of LAYER.  WRITE(token, block,
 // sums, READ(token, block)) takes the sums of P::STEP blocks as multiply_tile leaves them; TOKEN is
 // the lane's.
 template <class P, class T, class Read, class Write>
-static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, const unsigned char *weights,
-                                                      int first, int last, Read read, Write write)
+static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, int layer, int first, int last,
+                                                      Read read, Write write)
 {
     constexpr int PARTS = T::M16 * T::N8, STEP = P::STEP; // of a warp
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp % (T::WM * T::WN);
@@ -1997,7 +2534,7 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, co
     for (int tile = blockIdx.x; tile < tiles; tile += CTAS) {
         const int token0 = tile % token_tiles * T::TOKENS, block0 = first + tile / token_tiles * T::BLOCKS;
         const int token = token0 + wm * (T::M16 * 16) + lane / 4, block = block0 + wn * T::N8;
-        Tile_source<P, T> source(x, weights, token0, block0);
+        Tile_source<P, T> source(x, layer, token0, block0);
         float sum[T::M16][T::N8][4];
         multiply_tile<P, T>(sum, source);
         if (T::WK == 1) {
@@ -2042,40 +2579,39 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, co
     }
 }
 
-// With few tokens: bring the next phase, BYTES of this CTA's stream from place AT on, as near as L2.
-static __device__ __forceinline__ void read_ahead(u64 at, int bytes)
+// With few tokens: bring bytes FROM .. TO-1 of LAYER, in this CTA's stream, as near as L2.
+static __device__ __forceinline__ void read_ahead(int layer, const Share &mine, int from, int to)
 {
-    const unsigned char *from = G->args.stream + blockIdx.x * CTA_BYTES + at;
+    const unsigned char *at = G->args.stream + blockIdx.x * CTA_BYTES + LAYERS_OFFSET + (u64)layer * mine.layer;
     if (G->args.n <= FEW_TOKENS)
-        for (int i = threadIdx.x * 64; i < bytes; i += PREFILL_THREADS * 64)
-            prefetch_l2(from + i);
+        for (int i = from + threadIdx.x * 64; i < to; i += PREFILL_THREADS * 64)
+            prefetch_l2(at + i);
 }
 
-// x W, by the tile that suits the number of tokens; the phase begins at place AT of a stream.  A
-// round of middle tiles takes 7/20 of the time of a round of wide ones.
+// x W, by the tile that suits the number of tokens.  A round of middle tiles takes 7/20 of the time of a
+// round of wide ones.
 template <class P, class Read, class Write>
-static __device__ __forceinline__ void multiply_rows(const unsigned char *x, u64 at, int first, int last,
+static __device__ __forceinline__ void multiply_rows(const unsigned char *x, int layer, int first, int last,
                                                      Read read, Write write)
 {
-    const unsigned char *weights = G->args.stream + at;
     const int wide = (tile_count<Wide>(last - first) + CTAS - 1) / CTAS;
     const int middle = (tile_count<Middle>(last - first) + CTAS - 1) / CTAS;
     if (G->args.n <= Narrow<P>::TOKENS)
-        multiply_tiles<P, Narrow<P>>(x, weights, first, last, read, write);
+        multiply_tiles<P, Narrow<P>>(x, layer, first, last, read, write);
     else if (middle * 7 < wide * 20)
-        multiply_tiles<P, Middle>(x, weights, first, last, read, write);
+        multiply_tiles<P, Middle>(x, layer, first, last, read, write);
     else
-        multiply_tiles<P, Wide>(x, weights, first, last, read, write);
+        multiply_tiles<P, Wide>(x, layer, first, last, read, write);
 }
 
 // resid += y W * SCALE.
 template <class P>
-static __device__ __forceinline__ void multiply_add(u64 at, float scale)
+static __device__ __forceinline__ void multiply_add(int layer, float scale)
 {
     const auto pair = [&](int token, int block) {
         return (float2 *)(prefill_resid() + (u64)token * D + block * 8) + threadIdx.x % 4;
     };
-    multiply_rows<P>(prefill_y(), at, 0, P::BLOCKS, [&](int token, int block) {
+    multiply_rows<P>(prefill_y(), layer, 0, P::BLOCKS, [&](int token, int block) {
         float2 a = make_float2(0.0f, 0.0f), b = a;
         if (block < P::BLOCKS && token < G->args.n)
             a = *pair(token, block);
@@ -2093,9 +2629,10 @@ static __device__ __forceinline__ void multiply_add(u64 at, float scale)
 // ---- Prefill: q, k, v ----------------------------------------------------------------
 
 // q, k and v before norm and rotation, from block FIRST on.  BIAS: where it begins in args.vec.
-static __device__ __noinline__ void prefill_qkv(u64 at, int first, int bias)
+static __device__ __noinline__ void prefill_qkv(int layer, int first, int bias)
 {
-    multiply_rows<Qkv>(prefill_x(), at, first, Qkv::BLOCKS, [&](int, int block) {
+    const Share mine = share_of(my_group());
+    multiply_rows<Qkv>(prefill_x(), layer, first, Qkv::BLOCKS, [&](int, int block) {
         float2 add = make_float2(0.0f, 0.0f);
         if (block < Qkv::BLOCKS)
             add = ((const float2 *)(G->args.vec + bias))[block * 4 + threadIdx.x % 4];
@@ -2107,7 +2644,7 @@ static __device__ __noinline__ void prefill_qkv(u64 at, int first, int bias)
         if (block < Qkv::BLOCKS && token + 8 < G->args.n)
             *late(to + 8 * ((H + 2 * K) * E / 2)) = make_float2(sum[0][2] + add.z, sum[0][3] + add.w);
     });
-    read_ahead(at - QKV_OFFSET + O_OFFSET, MLP_OFFSET - O_OFFSET);
+    read_ahead(layer, mine, mine.o, mine.mlp);
 }
 
 // Norm and rotation: heads FIRST .. H-1 of q to x, times log2(e) / sqrt(E); k and v to the cache.
@@ -2138,20 +2675,23 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
                 break;
             half *to;
             float scale = 1.0f;
+            int apart = 8 * 8; // elements from one tile of the row to the next
             if (head < H) {
                 x[i].rotate(rope);
                 to = (half *)prefill_x() + ((u64)token * H + head) * E;
+                apart = 8;
                 scale = SOFTMAX_SCALE;
             } else if (head < H + K) {
                 x[i].rotate(rope);
-                to = cache + (head - H) * KV_HEAD + (u64)pos * E;
+                to = cache + (head - H) * KV_HEAD + kv_at(pos, 0);
             } else {
-                to = cache + (head - H - K) * KV_HEAD + KV_VALUE + (u64)pos * E;
+                to = cache + (head - H - K) * KV_HEAD + kv_at(pos, 0) + KV_VALUE;
             }
+            to += lane / 8 * apart + lane % 8;
             #pragma unroll
             for (int j = 0; j < Head_values::PAIRS; j++) {
-                *late(to + lane + j * 32) = to_half(x[i].a[j] * scale);
-                *late(to + lane + j * 32 + E / 2) = to_half(x[i].b[j] * scale);
+                *late(to + j * 4 * apart) = to_half(x[i].a[j] * scale);
+                *late(to + (j * 4 + E / 16) * apart) = to_half(x[i].b[j] * scale);
             }
         }
     }
@@ -2161,26 +2701,27 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
 
 // A task is a KV head and FLASH_ROWS queries: row r of the head is token r / RATIO, query head
 // r % RATIO of its group.  A warp has 16 rows.  Keys and values come in stages of FLASH_POSITIONS.
-constexpr int RATIO = H / K; // query heads of a KV head
 constexpr int FLASH_ROWS = 128;
 constexpr int FLASH_POSITIONS = 64;
 constexpr int FLASH_BYTES = FLASH_POSITIONS * E * 2; // keys of a stage; the values follow
 constexpr int FLASH_FIT = WORK_BYTES / (FLASH_BYTES * 2), FLASH_STAGES = FLASH_FIT < 4 ? FLASH_FIT : 4;
 static_assert(FLASH_ROWS == PREFILL_WARPS * 16 && FLASH_STAGES >= 2, "attention tile");
 
-// Positions FIRST .. FIRST + FLASH_POSITIONS - 1 of a head to a stage, zeros from END on.  The
-// 16-byte pieces of a row change places, so that ldmatrix meets no bank twice.
+// Positions FIRST .. FIRST + FLASH_POSITIONS - 1 of a head to a stage, zeros from END on.  Keys and
+// values lie there as in a tile of the cache.
 static __device__ __forceinline__ void flash_copy(u32 stage, const half *cache, int first, int end)
 {
-    constexpr int PIECES = E / 8, PASS = PREFILL_THREADS / PIECES; // rows at a time
-    const int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
-    const u32 to = stage + row * (E * 2) + (piece ^ row % 8) * 16;
-    const half *from = cache + (u64)(first + row) * E + piece * 8;
+    constexpr int PASS = PREFILL_THREADS / E * 8; // positions at a time
+    const int from = first + threadIdx.x / E * 8; // of this thread's block
+    const half *piece = cache + threadIdx.x % E * 8;
+    const u32 to = stage + threadIdx.x * 16;
+    static_assert(FLASH_POSITIONS % PASS == 0, "copies");
     #pragma unroll
     for (int i = 0; i < FLASH_POSITIONS / PASS; i++) {
-        const int bytes = first + row + i * PASS < end ? 16 : 0;
-        copy16(to + i * (PASS * E * 2), from + i * (PASS * E), bytes);
-        copy16(to + FLASH_BYTES + i * (PASS * E * 2), from + KV_VALUE + i * (PASS * E), bytes);
+        const half *key = piece + kv_at(from + i * PASS, 0);
+        const int bytes = from + i * PASS + (int)threadIdx.x % 8 < end ? 16 : 0;
+        copy16(to + i * (PREFILL_THREADS * 16), key, bytes);
+        copy16(to + FLASH_BYTES + i * (PREFILL_THREADS * 16), key + KV_VALUE, bytes);
     }
 }
 
@@ -2219,6 +2760,7 @@ struct Flash {
     __device__ __forceinline__ void attend(u32 stage, bool mask, const int (&last)[2])
     {
         const int lane = threadIdx.x % 32;
+        const u32 values = stage + FLASH_BYTES + lane / 8 % 2 * (E * 16) + lane / 16 * 128 + lane % 8 * 16;
         float s[FLASH_POSITIONS / 8][4];
         #pragma unroll
         for (int j = 0; j < FLASH_POSITIONS / 8; j++) {
@@ -2228,7 +2770,7 @@ struct Flash {
             #pragma unroll
             for (int k = 0; k < E / 32; k++) {
                 u32 key[4];
-                ldmatrix(key, stage + (j * 8 + lane % 8) * (E * 2) + (k * 4 + lane / 8 ^ lane % 8) * 16);
+                ldmatrix(key, stage + j * (E * 16) + k * 512 + lane * 16);
                 mma(s[j], q[k * 2][0], q[k * 2][1], q[k * 2][2], q[k * 2][3], key[0], key[1]);
                 mma(s[j], q[k * 2 + 1][0], q[k * 2 + 1][1], q[k * 2 + 1][2], q[k * 2 + 1][3], key[2], key[3]);
             }
@@ -2271,15 +2813,14 @@ struct Flash {
             #pragma unroll
             for (int e = 0; e < E / 16; e++) {
                 u32 value[4];
-                ldmatrix_transposed(value, stage + FLASH_BYTES + (k * 16 + lane % 16) * (E * 2)
-                                           + (e * 2 + lane / 16 ^ lane % 8) * 16);
+                ldmatrix_transposed(value, values + k * (E * 32) + e * 256);
                 mma(out[e * 2], p0, p1, p2, p3, value[0], value[1]);
                 mma(out[e * 2 + 1], p0, p1, p2, p3, value[2], value[3]);
             }
         }
     }
 
-    // Divide, and write the rows that exist.
+    // Divide, and write the rows that exist: a lane has what one tile of each unit has of a row.
     __device__ __forceinline__ void finish(unsigned char *y, int first, int rows, int head)
     {
         const int lane = threadIdx.x % 32;
@@ -2293,8 +2834,13 @@ struct Flash {
                 const int col = (head * RATIO + row % RATIO) * E + lane % 4 * 2;
                 unsigned char *to = y + activation_at<O::UNITS>(row / RATIO, col);
                 #pragma unroll
-                for (int e = 0; e < E / 8; e++)
-                    *late((u32 *)(to + e * 128)) = pack(out[e][i * 2] * scale, out[e][i * 2 + 1] * scale);
+                for (int unit = 0; unit < E / 32; unit++) {
+                    u32 pair[4];
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        pair[j] = pack(out[unit * 4 + j][i * 2] * scale, out[unit * 4 + j][i * 2 + 1] * scale);
+                    *late((uint4 *)(to + unit * 512)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+                }
             }
         }
     }
@@ -2351,10 +2897,11 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
 
 // ---- Prefill: projections and MLP ----------------------------------------------------
 
-static __device__ __noinline__ void prefill_o(u64 at)
+static __device__ __noinline__ void prefill_o(int layer)
 {
-    multiply_add<O>(at, 1.0f);
-    read_ahead(at - O_OFFSET + MLP_OFFSET, DOWN_OFFSET - MLP_OFFSET);
+    const Share mine = share_of(my_group());
+    multiply_add<O>(layer, 1.0f);
+    read_ahead(layer, mine, mine.mlp, mine.down);
 }
 
 static __device__ __forceinline__ float silu_product(float gate, float up)
@@ -2364,9 +2911,10 @@ static __device__ __forceinline__ float silu_product(float gate, float up)
 
 // y = silu(x W_gate) * (x W_up).  Gate and up blocks come in turn; y is padded with zeros up to
 // whole units.
-static __device__ __noinline__ void prefill_mlp(u64 at)
+static __device__ __noinline__ void prefill_mlp(int layer)
 {
-    multiply_rows<Mlp>(prefill_x(), at, 0, Down::UNITS * 8, [](int, int) {
+    const Share mine = share_of(my_group());
+    multiply_rows<Mlp>(prefill_x(), layer, 0, Down::UNITS * 8, [](int, int) {
         return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }, [&](int token, int block, const float (*sum)[4], float4) {
         u32 product[2];
@@ -2380,13 +2928,14 @@ static __device__ __noinline__ void prefill_mlp(u64 at)
         if (block < Down::UNITS * 8 && token + 8 < G->args.n)
             *late((u32 *)(to + Down::UNITS * 512)) = product[1]; // in the next block of tokens
     });
-    read_ahead(at - MLP_OFFSET + DOWN_OFFSET, (int)LAYER_BYTES - DOWN_OFFSET);
+    read_ahead(layer, mine, mine.down, mine.layer);
 }
 
-static __device__ __noinline__ void prefill_down(u64 at)
+static __device__ __noinline__ void prefill_down(int layer)
 {
-    multiply_add<Down>(at, 1.0f / MLP_SCALE);
-    read_ahead(at - DOWN_OFFSET + LAYER_BYTES, O_OFFSET); // q, k, v of the next layer
+    const Share mine = share_of(my_group());
+    multiply_add<Down>(layer, 1.0f / MLP_SCALE);
+    read_ahead(layer + 1, mine, 0, mine.o); // q, k, v
 }
 
 // ---- Prefill: the kernel -------------------------------------------------------------
@@ -2395,9 +2944,10 @@ static __device__ __noinline__ void prefill_down(u64 at)
 // layer needs neither queries nor what follows them.
 static __device__ __forceinline__ void prefill()
 {
+    const Share mine = share_of(my_group());
     u32 count = 0;
 
-    read_ahead(QKV_OFFSET, O_OFFSET - QKV_OFFSET);
+    read_ahead(0, mine, 0, mine.o);
     prefill_embed();
     grid_barrier(count += CTAS);
 
@@ -2408,19 +2958,19 @@ static __device__ __forceinline__ void prefill()
     grid_barrier(count += CTAS);
     prefill_attn(0);
     grid_barrier(count += CTAS);
-    prefill_o(14336);
+    prefill_o(0);
     grid_barrier(count += CTAS);
     prefill_norm(448);
     grid_barrier(count += CTAS);
-    prefill_mlp(21504);
+    prefill_mlp(0);
     grid_barrier(count += CTAS);
-    prefill_down(50176);
+    prefill_down(0);
     grid_barrier(count += CTAS);
     prefill_norm(1472);
     grid_barrier(count += CTAS);
 
     // layer 01
-    prefill_qkv(59904, H * E / 8, 2368);
+    prefill_qkv(1, H * E / 8, 2368);
     grid_barrier(count += CTAS);
     prefill_rotate(1472, 65536, H);
 }
