@@ -247,9 +247,8 @@ t_if(PLAN_CLUSTER > 1, {|        for (int i = 0; i < LANDINGS; i++)
         fence_mbarrier_init();
 |})m4_dnl
     }
-    for (int i = threadIdx.x; i < MOST_HEADS * 2 * E * 8; i += blockDim.x)
-        S->now[0][0][i] = 0;
-t_if(MODEL_D % 32, {|    for (int i = D + threadIdx.x; i < X_COLS; i += blockDim.x) // behind the last column
+t_if(MODEL_D % 32, {|    __syncthreads(); // the fence is behind
+    for (int i = D + threadIdx.x; i < X_COLS; i += blockDim.x) // behind the last column
         t_x(0)[i] = t_x(1)[i] = 0;
 |})m4_dnl
 t_if(MODEL_D % 16, {|    for (int i = threadIdx.x; i < PLAN_RANK_PAIRS * 16; i += blockDim.x) // behind the last row

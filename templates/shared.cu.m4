@@ -20,7 +20,7 @@ t_if(PLAN_CLUSTER > 1, {|    alignas(16) float part[GROUP][MOST_HEADS * RATIO][E
     alignas(16) float unguess[2]; // 1 / the factor with which x was sent
     // Attention: normed, rotated queries; this position's key and value; what each warp has found.
     alignas(16) half q[MOST_HEADS * RATIO][E];
-    alignas(128) half now[MOST_HEADS][2][E * 8]; // the first of 8 rows; zeros behind
+    alignas(128) half now[MOST_HEADS][2][E * 8]; // the first of 8 rows; the others are not read
     alignas(16) float out[WARPS][RATIO][E];
     float top[WARPS][RATIO], mass[WARPS][RATIO];
     alignas(16) half y[MOST_HEADS * RATIO * E]; // attention output: the columns of O

@@ -36,8 +36,6 @@ static const struct fault {
      {"act-not-awaited", {{"layer_tag(layer), AT_MLP);\n    consumer_barrier();", "layer_tag(layer), AT_MLP);", 1}}}},
     {1, 20, 0, "warps multiply by x before all its words are in shared memory",
      {"x-not-awaited", {{"D / 8, tag, AT_X);\n    consumer_barrier();", "D / 8, tag, AT_X);", 1}}}},
-    {1, 40, 1, "x and its squares are written while warps still read the last ones",
-     {"x-not-free", {{"    consumer_barrier(); // x and its squares are free\n", "", 1}}}},
     {0, 20, 0, "the norm's sum is taken before all warps have left theirs",
      {"norm-not-awaited", {{"        S->sum[threadIdx.x / 32] = value;\n    consumer_barrier();\n",
                            "        S->sum[threadIdx.x / 32] = value;\n", 1}}}},
@@ -341,13 +339,6 @@ static const struct fault {
     /* ---- Races that no order of events shows, or hardly any ---- */
     {5, 10, 1, "the sampler reads logits that another warp has not written yet",
      {"logits-not-awaited", {{"    consumer_barrier(); // the logits are written\n", "", 1}}}},
-    {2, 10, 1, "sm_75: no fence between a stage's bytes and the count that tells of them",
-     {"no-fill-fence", {{"        __threadfence_block();\n        atomicAdd(&full->count, 1);",
-                         "        atomicAdd(&full->count, 1);", 1}}}},
-    {2, 10, 1, "sm_75: no fence between reading that a stage has landed and reading it",
-     {"no-landed-fence", {{"    bool landed = (int)(load_volatile(&full->count) - use) > 0;\n"
-                           "    __threadfence_block();\n",
-                           "    bool landed = (int)(load_volatile(&full->count) - use) > 0;\n", 1}}}},
     {3, 20, 0, "a stage counts as landed in the phase before",
      {"ring-phase", {{"mbarrier_test_wait(full, use & 1)", "mbarrier_test_wait(full, (use + 1) & 1)", 1}}}},
     {3, 0, 0, "columns behind the last one of x are not zero",

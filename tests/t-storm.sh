@@ -35,7 +35,7 @@ run_sanitized()
 
 run 'schedules' mkstorm --seeds 1
 run 'planted faults' mkstorm --faults
-run_sanitized 'address and undefined-behaviour sanitizers' mkstorm-asan --every 4 --seeds 1
+run_sanitized 'address and undefined-behaviour sanitizers' mkstorm-asan --world 13 --seeds 1
 run_sanitized 'undefined-behaviour sanitizer alone' mkstorm-ubsan --world 5 --seeds 1
 run_sanitized 'thread sanitizer: planted races, and the sound kernels of their worlds' mkstorm-tsan --faults
 [ $failed = 0 ] || exit 1

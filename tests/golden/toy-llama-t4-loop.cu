@@ -630,7 +630,7 @@ struct Shared {
     alignas(16) float unguess[2]; // 1 / the factor with which x was sent
     // Attention: normed, rotated queries; this position's key and value; what each warp has found.
     alignas(16) half q[MOST_HEADS * RATIO][E];
-    alignas(128) half now[MOST_HEADS][2][E * 8]; // the first of 8 rows; zeros behind
+    alignas(128) half now[MOST_HEADS][2][E * 8]; // the first of 8 rows; the others are not read
     alignas(16) float out[WARPS][RATIO][E];
     float top[WARPS][RATIO], mass[WARPS][RATIO];
     alignas(16) half y[MOST_HEADS * RATIO * E]; // attention output: the columns of O
@@ -2115,8 +2115,6 @@ static __device__ __forceinline__ void start(const mk_args &args)
             gate_init(&S->full[i], &S->free[i]);
         gate_init_done();
     }
-    for (int i = threadIdx.x; i < MOST_HEADS * 2 * E * 8; i += blockDim.x)
-        S->now[0][0][i] = 0;
     __syncthreads();
 }
 
