@@ -64,10 +64,12 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_FP16", p->dtype == GEN_FP16);
     put_int(f, "PLAN_CONTEXT", p->context);
     put_int(f, "PLAN_CTAS", p->ctas);
+    put_int(f, "PLAN_PREFILL_CTAS", p->prefill_ctas);
     put_int(f, "PLAN_GROUP", p->group);
     put_int(f, "PLAN_CLUSTER", p->cluster ? p->group : 1); /* CTAs that share their memory */
     put_int(f, "PLAN_WARPS", p->warps);
     put_int(f, "PLAN_THREADS", p->warps * 32);
+    put_int(f, "PLAN_BLOCK_THREADS", p->block_threads);
     put_int(f, "PLAN_STAGES", p->stages);
     put_int(f, "PLAN_STAGE_BYTES", p->stage_bytes);
     put_int(f, "PLAN_INFLIGHT", p->inflight);

@@ -15,9 +15,9 @@
 
 #include "gen/gen.h"
 
-/* Measured on an H200: 48 KiB in flight per SM saturate its memory, and every further byte
+/* Measured on an H200: 64 KiB in flight per SM saturate its memory, and every further byte
    is a queue that hops stand in. */
-enum { INFLIGHT_BYTES = 49152, INFLIGHT_HOP_BYTES = 16384 };
+enum { INFLIGHT_BYTES = 65536, INFLIGHT_HOP_BYTES = 32768 };
 /* A launch must not hold the GPU longer than this. */
 enum { LAUNCH_US = 100000 };
 /* The templates count bytes of a layer and of prefill's activations, elements of a head's keys, the
@@ -46,21 +46,22 @@ struct key {
 #define AT(field) offsetof(struct gen_plan, field)
 static const struct key keys[] = {
     {"ctas", AT(ctas), 1, MOST_CTAS, NULL,
-     "CTAs of decode and prefill; at most the SMs, a multiple of group"},
+     "CTAs of decode; at most the SMs, a multiple of group"},
     {"group", AT(group), 1, MOST_GROUP, NULL,
      "CTAs that share KV heads and a slice of the MLP; at most hidden_size / 16"},
     {"cluster", AT(cluster), 0, 1, "l2|cluster",
      "hops inside a group: through L2, or over distributed shared memory"},
     {"balance", AT(balance), 0, 1000, NULL,
      "percent of attention's bytes that count when the MLP is shared out"},
-    {"warps", AT(warps), 4, 8, NULL, "consumer warps of a decode CTA; one more is the producer"},
+    {"warps", AT(warps), 4, 8, NULL, "consumer warps of a decode CTA; two more keep the ring full"},
     {"chunk_bytes", AT(chunk_bytes), 512, 65536, NULL, "longest chunk of the weight ring"},
-    {"stages", AT(stages), 2, 64, NULL, "stages of the weight ring"},
-    {"inflight", AT(inflight), 1, 64, NULL, "chunks in flight at most"},
-    {"inflight_hop", AT(inflight_hop), 1, 64, NULL, "chunks in flight while a hop is awaited"},
+    {"stages", AT(stages), 2, 31, NULL, "stages of the weight ring"},
+    {"inflight", AT(inflight), 1, 31, NULL, "chunks in flight at most"},
+    {"inflight_hop", AT(inflight_hop), 1, 31, NULL, "chunks in flight while a hop is awaited"},
     {"round_blocks", AT(round_blocks), 2, 16, NULL, "blocks of 8 rows between two barriers; even"},
     {"tokens_per_launch", AT(tokens_per_launch), 1, 1024, NULL,
      "tokens of one decode launch at most"},
+    {"prefill_ctas", AT(prefill_ctas), 1, MOST_CTAS, NULL, "CTAs of prefill; at most the SMs"},
     {"prefill_tokens", AT(prefill_tokens), 16, 8192, NULL,
      "tokens of one prefill launch at most; a multiple of 16"},
     {"gemm_m", AT(gemm_m), 64, 128, NULL, "prefill tile: tokens"},
@@ -542,9 +543,9 @@ static int fixed_smem(const struct gen_plan *p)
     const struct gen_model *m = &p->model;
     const int ratio = m->H / m->K, q_heads = p->most_heads * ratio, e = m->E;
     const int x = (p->cluster ? 2 : 1) * ceil_div(m->D, 32) * 64, y = q_heads * e * 2, act = p->most_units * 64;
-    const int q = y + p->most_heads * 2 * e * 16, qkv = p->most_heads * (ratio + 2) * e * 4;
+    const int q = y + p->most_heads * 2 * e * 2, qkv = p->most_heads * (ratio + 2) * e * 4;
     const int part = p->cluster ? p->group * q_heads * (e + 4) * 4 : 0;
-    const int out = p->warps * ratio * (e + 2) * 4;
+    const int out = (p->warps * (e + 2) + 1) * ratio * 4;
     const int resid = p->rank_pairs * 16 * 4, sums = 2 * p->round_blocks * 8 * p->warps * 4;
     const int squares = 2 * p->group * p->warps * 16;
     const int best = p->warps * (4 + 16) + 320 + 5 * 8; /* sum, best, hist; mbarriers of hops */
@@ -599,6 +600,8 @@ static void choose_prefill(struct gen_plan *p, unsigned long set)
 {
     const int small = p->gpu.smem_block < 90000;
 
+    if (!is_set(set, AT(prefill_ctas)))
+        p->prefill_ctas = is_set(set, AT(ctas)) ? p->ctas : p->gpu.sms;
     if (!is_set(set, AT(prefill_tokens)))
         p->prefill_tokens = min_int(2048, (int) align_up(p->context, 16));
     if (!is_set(set, AT(gemm_m)))
@@ -670,7 +673,7 @@ static void choose_groups(struct gen_plan *p, unsigned long set)
         p->ctas = max_int(1, min_int(groups, most_groups(p))) * p->group;
     }
     if (!is_set(set, AT(balance)))
-        p->balance = 50;
+        p->balance = 0;
 }
 
 /* A KV tile of 16 positions and a unit of a set's pairs travel in one chunk: shorter ones do not
@@ -732,14 +735,15 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
         p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
     }
     if (!is_set(set, AT(inflight)))
-        p->inflight = p->cluster ? p->stages : max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
+        p->inflight = max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
     if (!is_set(set, AT(inflight_hop)))
-        p->inflight_hop = p->cluster ? p->inflight : max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
+        p->inflight_hop = max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
     if (!is_set(set, AT(tokens_per_launch))) { /* a token takes about twice its floor, and hops */
         const double kv_us = p->floor_us * (double) p->kv_bytes / (double) p->token_bytes;
         p->tokens_per_launch =
             max_int(1, min_int(64, (int) (LAUNCH_US / (2 * (p->floor_us + kv_us) + 500))));
     }
+    p->block_threads = p->warps * 32 + 64;
     p->smem_bytes = fixed_smem(p) + p->stages * (p->stage_bytes + 16);
     p->prefill_smem_bytes = prefill_smem(p);
 }
@@ -750,9 +754,9 @@ static int check_groups(const struct gen_plan *p, struct mk_err *err)
     const struct gen_model *m = &p->model;
     const int fit = clusters_that_fit(p);
 
-    if (p->ctas > p->gpu.sms)
-        return gen_fail(err, MK_EINVAL, "plan: ctas is %d; %s has %d SMs", p->ctas, p->gpu.name,
-                        p->gpu.sms);
+    if (p->ctas > p->gpu.sms || p->prefill_ctas > p->gpu.sms)
+        return gen_fail(err, MK_EINVAL, "plan: ctas is %d and prefill_ctas %d; %s has %d SMs", p->ctas,
+                        p->prefill_ctas, p->gpu.name, p->gpu.sms);
     if (p->ctas % p->group)
         return gen_fail(err, MK_EINVAL, "plan: ctas is %d; it must be a multiple of group, %d",
                         p->ctas, p->group);

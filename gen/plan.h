@@ -48,7 +48,7 @@ struct gen_plan {
 
     /* Choices, each with a key for --set and plan files (see gen_plan_key). */
     int dtype;              /* resident type: GEN_BF16 or GEN_FP16 */
-    int ctas;               /* CTAs, one per SM */
+    int ctas, prefill_ctas; /* one per SM */
     int group;              /* CTAs of a group */
     int cluster;            /* hops inside a group: 0 through L2, 1 over shared memory */
     int balance;            /* percent of attention's bytes that count when units are shared out */
@@ -98,6 +98,7 @@ struct gen_plan {
     int hop_offset[GEN_HOPS], hop_words[GEN_HOPS], hop_buffers[GEN_HOPS], exchange_words;
 
     /* Shared memory of the decode kernel. */
+    int block_threads; /* of a decode CTA */
     int smem_bytes;
     int prefill_smem_bytes;
 

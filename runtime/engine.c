@@ -556,12 +556,12 @@ static int dead(struct mk_err *err)
     return gen_fail(err, MK_EDEVICE, "the GPU failed in an earlier call; close the model");
 }
 
-static int launch(struct rt_session *s, rt_func f, int block, int smem, int cluster,
+static int launch(struct rt_session *s, rt_func f, int grid, int block, int smem, int cluster,
                   struct mk_args *a, struct mk_err *err)
 {
     void *params[] = {a};
 
-    return rt_launch(s->engine->device, f, s->plan.ctas, block, smem, 1, cluster, params, err);
+    return rt_launch(s->engine->device, f, grid, block, smem, 1, cluster, params, err);
 }
 
 int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int pos, int *done,
@@ -586,7 +586,7 @@ int rt_session_prefill(struct rt_session *s, const int32_t *tokens, int n, int p
         if (rc == 0)
             rc = rt_device_set(d, s->barrier, 0, 4, err);
         if (rc == 0)
-            rc = launch(s, s->prefill, 256, s->plan.prefill_smem_bytes, 0, &a, err);
+            rc = launch(s, s->prefill, s->plan.prefill_ctas, 256, s->plan.prefill_smem_bytes, 0, &a, err);
         if (rc == 0 && (rc = rt_device_sync(d, err)) != 0)
             return device_failed(s, rc, err);
         if (rc)
@@ -658,7 +658,7 @@ static int decode_launch(struct rt_session *s, const struct rt_decode *job, stru
     if (rc == 0 && job->forced)
         rc = rt_device_put(d, s->tokens, job->forced, (size_t) a->n * 4, err);
     if (rc == 0)
-        rc = launch(s, s->decode, s->plan.warps * 32 + 32, s->plan.smem_bytes,
+        rc = launch(s, s->decode, s->plan.ctas, s->plan.block_threads, s->plan.smem_bytes,
                     s->plan.cluster ? s->plan.group : 0, a, err);
     if (rc == 0)
         rc = rt_event_record(d, s->launched, err);

@@ -31,14 +31,14 @@ struct Head_values {
             b[i] *= scale * weight.b[i];
         }
     }
-    // As halves; each 8 of them STRIDE after the last 8.
-    __device__ __forceinline__ void store(half *to, int stride, float scale) const
+    // As halves.
+    __device__ __forceinline__ void store(half *to, float scale) const
     {
         #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             const int e = threadIdx.x % 32 + i * 32;
-            to[e / 8 * stride + e % 8] = to_half(a[i] * scale);
-            to[(e + E / 2) / 8 * stride + e % 8] = to_half(b[i] * scale);
+            to[e] = to_half(a[i] * scale);
+            to[e + E / 2] = to_half(b[i] * scale);
         }
     }
     // By the angles whose cosines and sines are ROPE[E/2][2].
@@ -101,8 +101,7 @@ t_if(MODEL_QK_NORM, {|            Head_values weight;
 |})m4_dnl
             x.rotate(c.rope);
         }
-        x.store(which < 0 ? S->q[head * RATIO + j] : S->now[head][which], which < 0 ? 8 : 64,
-                which < 0 ? SOFTMAX_SCALE : 1.0f);
+        x.store(which < 0 ? S->q[head * RATIO + j] : S->now[head][which], which < 0 ? SOFTMAX_SCALE : 1.0f);
     }
 }
 
@@ -113,7 +112,7 @@ static __device__ __forceinline__ void attn_keep(half *cache, int pos)
     for (int i = threadIdx.x; i < mine.heads * 2 * (E / 8); i += THREADS) {
         const int head = i / (2 * (E / 8)), which = i / (E / 8) % 2, e = i % (E / 8) * 8;
         *late((uint4 *)(cache + (mine.head0 + head) * KV_HEAD + which * KV_VALUE + kv_at(pos, e))) =
-            *(const uint4 *)(S->now[head][which] + e * 8);
+            *(const uint4 *)(S->now[head][which] + e);
     }
 t_if(PLAN_FAMILY >= 90, {|    fence_async_global(); // the copy engine will read it
 |})m4_dnl
@@ -122,17 +121,17 @@ t_if(PLAN_FAMILY >= 90, {|    fence_async_global(); // the copy engine will read
 // One warp's sums for up to 8 query heads: columns of the mma, whose rows are positions, then
 // dimensions.  A lane has heads lane % 4 * 2 and + 1.
 struct Attention {
-    u32 q[E / 8];
+    u32 q[E / 32][4];
     float out[E / 16][4], top[2], mass[2]; // dimensions lane / 4, + 8 of each 16; mass: of the lane's positions
 
     // QUERIES: of the first head; HEADS of them.
     __device__ __forceinline__ void start(const half *queries, int heads)
     {
-        const int lane = threadIdx.x % 32, head = lane / 4;
-        const u32 *from = (const u32 *)(queries + min(head, heads - 1) * E) + lane % 4;
+        const int lane = threadIdx.x % 32;
+        const u32 from = shared_address(queries + min(lane % 8, heads - 1) * E) + lane / 8 * 16;
         #pragma unroll
-        for (int i = 0; i < E / 8; i++)
-            q[i] = from[i * 4];
+        for (int i = 0; i < E / 32; i++)
+            ldmatrix(q[i], from + i * 64);
         #pragma unroll
         for (int i = 0; i < E / 16; i++)
             out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
@@ -148,13 +147,13 @@ struct Attention {
         return lane / 4 % 2 ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
     }
 
-    // Attend to 16 positions whose keys and values lie at KEYS and VALUES, the second 8 STRIDE behind the first; those
-    // from COUNT on are not there: what lies in their place may not even be numbers.
-    __device__ __forceinline__ void attend(u32 keys, u32 values, int stride, int count)
+    // Attend to 16 positions whose keys and values lie at KEYS and VALUES; those from COUNT on are not there: what
+    // lies in their place may not even be numbers.
+    __device__ __forceinline__ void attend(u32 keys, u32 values, int count)
     {
         const int lane = threadIdx.x % 32, even = lane % 4 * 2;
-        const u32 key_at = keys + lane / 8 % 2 * stride + lane / 16 * 128 + lane % 8 * 16;
-        const u32 value_at = values + lane / 16 * stride + lane / 8 % 2 * 128 + lane % 8 * 16;
+        const u32 key_at = keys + lane / 8 % 2 * (E * 16) + lane / 16 * 128 + lane % 8 * 16;
+        const u32 value_at = values + lane / 16 * (E * 16) + lane / 8 % 2 * 128 + lane % 8 * 16;
         const u32 there[2] = {(even < count ? 0xffff : 0) | (even + 1 < count ? 0xffff0000 : 0),
                               (even + 8 < count ? 0xffff : 0) | (even + 9 < count ? 0xffff0000 : 0)};
         float s[2][4] = {};
@@ -162,7 +161,7 @@ struct Attention {
         for (int i = 0; i < E / 16; i++) {
             u32 key[4];
             ldmatrix(key, key_at + i * 256);
-            mma(s[i % 2], key[0], key[1], key[2], key[3], q[i * 2], q[i * 2 + 1]);
+            mma(s[i % 2], key[0], key[1], key[2], key[3], q[i / 2][i % 2 * 2], q[i / 2][i % 2 * 2 + 1]);
         }
         float p[2][2], keep[2]; // [head][position]
         #pragma unroll
@@ -216,22 +215,49 @@ struct Attention {
     }
 };
 
-// The warp that attends to this position itself, in the rank that has its tile: the next one behind those
-// that have cached positions, or the last.
-static __device__ __forceinline__ int now_warp(int pos) { return min(my_tiles(pos) * (KV_TILE / 16), WARPS - 1); }
+// Tiles that the warps of a CTA attend to at once, 16 positions each.
+constexpr int PARTS = KV_TILE / 16; // of a tile
+constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PARTS : 1;
+
+// The first warps, which have cached positions before POS.
+static __device__ __forceinline__ int attending_warps(int pos)
+{
+    const int before = my_tiles(pos) - 1; // tiles, all of whose positions are cached; of the last one:
+    const int cached = max(0, pos - (my_rank() + before * GROUP) * KV_TILE);
+    return before < 0 ? 0 : min(TURN * PARTS, before * PARTS + min(PARTS, (cached + 15) / 16));
+}
+
+// What each query of HEAD makes of this position itself; the last warps have the fewest others.
+static __device__ __forceinline__ void attn_now(int head)
+{
+    #pragma unroll 1
+    for (int query = WARPS - 1 - threadIdx.x / 32; query < RATIO; query += WARPS) {
+        const half *q = S->q[head * RATIO + query], *key = S->now[head][0];
+        float sum = 0.0f;
+        #pragma unroll
+        for (int i = 0; i < E / 64; i++) {
+            const u32 a = *(const u32 *)(q + i * 64 + threadIdx.x % 32 * 2);
+            const u32 b = *(const u32 *)(key + i * 64 + threadIdx.x % 32 * 2);
+            sum += low(a) * low(b) + high(a) * high(b);
+        }
+        sum = warp_sum(sum);
+        if (threadIdx.x % 32 == 0)
+            S->score[query] = sum;
+    }
+}
 
 // Each warp attends to its share of this CTA's tiles of head HEAD of the group, from chunk CHUNK on, 16 positions
 // at a time, and leaves its sums.  Returns the next chunk.
 static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
 {
-    constexpr int PARTS = KV_TILE / 16, QUERIES = (RATIO + 7) / 8; // 16 positions; 8 query heads
-    constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PARTS : 1; // tiles at once
+    constexpr int QUERIES = (RATIO + 7) / 8; // 8 query heads
     const int warp = threadIdx.x / 32, tiles = my_tiles(pos), part = warp % PARTS, mine = warp / PARTS;
-    const bool is_last = pos / KV_TILE % GROUP == my_rank() && warp == now_warp(pos);
+    const bool attends = warp < attending_warps(pos);
     Attention a[QUERIES];
-    #pragma unroll
-    for (int i = 0; i < QUERIES; i++)
-        a[i].start(S->q[head * RATIO + i * 8], min(RATIO - i * 8, 8));
+    if (attends)
+        #pragma unroll
+        for (int i = 0; i < QUERIES; i++)
+            a[i].start(S->q[head * RATIO + i * 8], min(RATIO - i * 8, 8));
     #pragma unroll 1
     for (int tile = 0; tile < tiles; tile += TURN) {
         const int n = min(TURN, tiles - tile); // this warp takes tile MINE of these
@@ -241,17 +267,14 @@ static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
         if (mine < n && first < pos)
             #pragma unroll
             for (int i = 0; i < QUERIES; i++)
-                a[i].attend(shared_address(keys), shared_address(keys + KV_VALUE * 2), E * 16, pos - first);
+                a[i].attend(shared_address(keys), shared_address(keys + KV_VALUE * 2), pos - first);
         release_chunks(chunk, n);
         chunk += n;
     }
-    if (is_last)
+    if (attends)
         #pragma unroll
         for (int i = 0; i < QUERIES; i++)
-            a[i].attend(shared_address(S->now[head][0]), shared_address(S->now[head][1]), 0, 1);
-    #pragma unroll
-    for (int i = 0; i < QUERIES; i++)
-        a[i].leave(i * 8, min(RATIO - i * 8, 8));
+            a[i].leave(i * 8, min(RATIO - i * 8, 8));
     return chunk;
 }
 
@@ -263,8 +286,9 @@ static __device__ __forceinline__ Word *part_hop(int rank)
 }
 
 |})m4_dnl
-// Merge what the first warps, WARPS of them, have left for the queries of HEAD, and send it to all ranks.
-static __device__ __forceinline__ void attn_send(int head, u32 tag, int warps)
+// Merge what the first warps, WARPS of them, have left for the queries of HEAD, and what HAS_NOW says is here of this
+// position; send it to all ranks.
+static __device__ __forceinline__ void attn_send(int head, u32 tag, int warps, bool has_now)
 {
 t_if(PLAN_CLUSTER > 1, {|    constexpr int VALUES = 4, WORDS = E / 4;
     constexpr int MANY = THREADS / (RATIO * WORDS), SHARES = MANY < 1 ? 1 : MANY > GROUP ? GROUP : MANY; // of the ranks|}, {|    constexpr int VALUES = 3, WORDS = E / 8 * 3;|})
@@ -272,18 +296,31 @@ t_if(PLAN_CLUSTER > 1, {|    constexpr int VALUES = 4, WORDS = E / 4;
     for (int i = threadIdx.x; i < RATIO * WORDS t_if(PLAN_CLUSTER > 1, {|* SHARES|}); i += THREADS) {
         const int query = i / WORDS % RATIO, word = i % WORDS;
         const int e = t_if(PLAN_CLUSTER > 1, {|word * 4|}, {|word_first(word)|});
-        float best = -1e30f, sum = 0.0f, out[VALUES] = {};
-        #pragma unroll 4
-        for (int w = 0; w < warps; w++)
-            best = fmaxf(best, S->top[w][query]);
-        #pragma unroll 4
-        for (int w = 0; w < warps; w++) {
-            const float scale = exp2_approx(S->top[w][query] - best);
-            sum += S->mass[w][query] * scale;
+        float best = has_now ? S->score[query] : -1e30f, sum = 0.0f, out[VALUES] = {}, top[WARPS];
+        alignas(16) float values[WARPS][VALUES];
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++) { // all that may be there is read at once
+            top[w] = w < warps ? S->top[w][query] : -1e30f;
+            best = fmaxf(best, top[w]);
+t_if(PLAN_CLUSTER > 1, {|            *(uint4 *)values[w] = *(const uint4 *)(S->out[w][query] + e);|}, {|            #pragma unroll
+            for (int v = 0; v < VALUES; v++)
+                values[w][v] = S->out[w][query][min(e + v, E - 1)];|})
+        }
+        if (has_now) {
+            sum = exp2_approx(S->score[query] - best);
             #pragma unroll
             for (int v = 0; v < VALUES; v++)
-                out[v] += S->out[w][query][min(e + v, E - 1)] * scale;
+                out[v] = low(S->now[head][1][min(e + v, E - 1)]) * sum;
         }
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            if (w < warps) {
+                const float scale = exp2_approx(top[w] - best);
+                sum += S->mass[w][query] * scale;
+                #pragma unroll
+                for (int v = 0; v < VALUES; v++)
+                    out[v] += values[w][v] * scale;
+            }
 t_if(PLAN_CLUSTER > 1, {|        float *to = S->part[my_rank()][head * RATIO + query];
         for (int rank = i / (RATIO * WORDS); rank < GROUP; rank += SHARES)
             give(to + e, PART_HERE, rank, __float_as_uint(out[0]), __float_as_uint(out[1]), __float_as_uint(out[2]),
@@ -310,14 +347,17 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(QKV_HERE, heads * (RATIO + 2) * E * 4
     if (!my_tiles(pos))
         return;
     attn_rows(pos, constants);t_lap(ROWS)
+    const bool has_now = pos / KV_TILE % GROUP == my_rank();
     #pragma unroll 1
     for (int head = 0; head < heads; head++) {
         consumer_barrier(); // queries and this position's row are there; what the warps left has been sent
+        if (has_now)
+            attn_now(head);
         chunk = attn_head(chunk, head, pos);
         consumer_barrier();t_lap(ATTN)
-        attn_send(head, layer_tag(layer), now_warp(pos) + 1);t_lap(PART)
+        attn_send(head, layer_tag(layer), attending_warps(pos), has_now);t_lap(PART)
     }
-    if (pos / KV_TILE % GROUP == my_rank())
+    if (has_now)
         attn_keep(S->args.kv + layer_cache, pos);
     take_chunks(chunk);
 }
@@ -330,21 +370,22 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(PART_HERE, ranks * heads * RATIO * (E
     #pragma unroll 1
     for (int i = threadIdx.x; i < heads * RATIO * (E / 2); i += THREADS) {
         const int query = i / (E / 2), e = i % (E / 2) * 2;
-        float best = -1e30f, sum = 0.0f, out[2] = {};
+        float best = -1e30f, sum = 0.0f, out[2] = {}, top[GROUP];
+        float2 values[GROUP];
+        #pragma unroll
+        for (int rank = 0; rank < GROUP; rank++) { // all that may be there is read at once
+            top[rank] = rank < ranks ? S->part[rank][query][E] : -1e30f;
+            best = fmaxf(best, top[rank]);
+            values[rank] = *(const float2 *)(S->part[rank][query] + e);
+        }
         #pragma unroll
         for (int rank = 0; rank < GROUP; rank++)
-            if (rank < ranks)
-                best = fmaxf(best, S->part[rank][query][E]);
-        #pragma unroll
-        for (int rank = 0; rank < GROUP; rank++) {
             if (rank < ranks) {
-                const float *part = S->part[rank][query];
-                const float scale = exp2_approx(part[E] - best);
-                sum += part[E + 1] * scale;
-                out[0] += part[e] * scale;
-                out[1] += part[e + 1] * scale;
+                const float scale = exp2_approx(top[rank] - best);
+                sum += S->part[rank][query][E + 1] * scale;
+                out[0] += values[rank].x * scale;
+                out[1] += values[rank].y * scale;
             }
-        }
         *(u32 *)(S->y + query * E + e) = pack(__fdividef(out[0], sum), __fdividef(out[1], sum));
     }|}, {|    const u32 tag = layer_tag(layer);
     hold(1);

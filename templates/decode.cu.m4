@@ -1,53 +1,73 @@
-t_section({|Decode: the producer warp|})
+t_section({|Decode: the producer and the teller|})
 
-// The producer warp keeps the ring full of this CTA's stream, across phases, layers and tokens.
-// What it has brought so far is in S->filled and S->landed, which no one else writes.
-// On sm_90 and later one lane does it all; before, the warp's lanes share the copies, and go by what lane 0 sees.
+// Two warps keep the ring full of this CTA's stream, across phases, layers and tokens: the producer brings
+// chunks, and the teller tells the consumers which have landed.  On sm_90 and later one lane of the producer does
+// it all; before, its lanes share the copies, and go by what lane 0 sees.
 t_if(PLAN_FAMILY >= 90, {|static __device__ __forceinline__ bool is_producer() { return threadIdx.x == THREADS; }
 static __device__ __forceinline__ u32 of_lane0(u32 value) { return value; }
-static __device__ __forceinline__ void sync_producer() {}|}, {|static __device__ __forceinline__ bool is_producer() { return threadIdx.x >= THREADS; }
+static __device__ __forceinline__ void sync_producer() {}|}, {|static __device__ __forceinline__ bool is_producer() { return threadIdx.x >= THREADS && threadIdx.x < THREADS + 32; }
 static __device__ __forceinline__ u32 of_lane0(u32 value) { return __shfl_sync(~0u, value, 0); }
 static __device__ __forceinline__ void sync_producer() { __syncwarp(); }|})
+static __device__ __forceinline__ bool is_teller() { return threadIdx.x >= THREADS + 32; }
 
-// Tell the consumers which chunks have landed, of those before chunk FILLED.
-static __device__ __forceinline__ u32 count_landed(u32 filled)
+// The teller: lane i looks at the i-th chunk from the first one that has not landed.  More lanes would keep the
+// consumers from shared memory.
+static __device__ __forceinline__ void tell_landed()
 {
-    const u32 before = S->landed;
-    u32 landed = before;
-    while (landed < filled && gate_landed(&S->full[landed % STAGES], landed / STAGES))
-        landed++;
-    landed = of_lane0(landed);
-    sync_producer();
-    if (threadIdx.x % 32 == 0 && landed != before)
-        publish_flag(&S->landed, landed);
-    sync_producer();
-    return landed;
-}
-
-// Bring the next BYTES as chunk CHUNK, when its stage is free and few enough chunks are on their
-// way.  Returns false when the consumers have left.
-static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src, int bytes)
-{
-    const int stage = chunk % STAGES;
-    for (;;) { // no watchdog: what holds the consumers up, they report themselves
-        const u32 landed = count_landed(chunk);
-        const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
-        const bool go = chunk - landed < most && gate_free(&S->free[stage], chunk / STAGES);
-        if (of_lane0(load_flag(&S->done)))
-            return false;
-        if (of_lane0(go))
-            break;
+    constexpr u32 AHEAD = STAGES < 4 ? STAGES : 4;
+    const u32 lane = threadIdx.x % 32;
+    u32 landed = 0, polls = 0;
+    bool more = true;
+    while (more) {
+        const u32 chunk = landed + lane;
+        const bool has = lane < AHEAD && gate_landed(&S->full[chunk % STAGES], chunk / STAGES);
+        const u32 n = __ffs(~__ballot_sync(~0u, has)) - 1;
+        __syncwarp();
+        landed += n;
+        if (lane == 0 && n)
+            publish_flag(&S->landed, landed);
+        if (n == 0 && ++polls % 16 == 0)
+            more = landed != __shfl_sync(~0u, load_flag(&S->end), 0);
     }
-    gate_fill(&S->full[stage], S->ring[stage], src, bytes);
-    return true;
 }
 
-// The producer's next chunk, when its warp has got there.
-static __device__ __forceinline__ void set_filled(u32 chunk)
+// May the producer fill the stage of CHUNK: is it free, and are few enough chunks on their way?
+static __device__ __forceinline__ bool may_fill(u32 chunk)
 {
+t_if(PLAN_INFLIGHT_HOP < PLAN_STAGES, {|    const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
+    if (chunk - load_flag(&S->landed) >= most)
+        return false;
+|})m4_dnl
+    return gate_free(&S->free[chunk % STAGES], chunk / STAGES);
+}
+
+// What one chunk is copied from.
+struct Piece {
+    const unsigned char *src;
+    int bytes;
+};
+
+// Bring N chunks: PIECE(i).  When the consumers have left, there are no more tokens to feed.
+template <class Place>
+static __device__ __forceinline__ void feed(int n, Place piece)
+{
+    u32 chunk = S->filled;
+    bool is_done = S->fed >= S->args.n;
     sync_producer();
-    if (threadIdx.x % 32 == 0)
+    #pragma unroll 1
+    for (int i = 0; i < n && !is_done; i++) {
+        while (!is_done && !of_lane0(may_fill(chunk))) // no watchdog: what holds the consumers up, they report themselves
+            is_done = of_lane0(load_flag(&S->done));
+        if (!is_done) {
+            const Piece from = piece(i);
+            gate_fill(&S->full[chunk % STAGES], S->ring[chunk % STAGES], from.src, from.bytes);
+            chunk++;
+        }
+    }
+    if (threadIdx.x % 32 == 0) {
         S->filled = chunk;
+        S->fed = is_done ? S->args.n : S->fed;
+    }
     sync_producer();
 }
 
@@ -59,55 +79,45 @@ static __device__ __forceinline__ const unsigned char *my_layer(const Share &min
     return my_stream() + LAYERS_OFFSET + (u64)layer * mine.layer;
 }
 
-// Bring N chunks of BYTES each, the last of LAST, that lie STRIDE bytes apart from SRC on; while the consumers are
-// here.
-static __device__ __noinline__ void feed(const unsigned char *src, u64 stride, int bytes, int n, int last)
+// Bring BLOCKS blocks, whose rows are all columns of x; of several chunks each, two blocks side by side.
+static __device__ __noinline__ void feed_rows(const unsigned char *src, int blocks)
 {
-    u32 chunk = S->filled;
-    #pragma unroll 1
-    for (int i = 0; i < n && fill(chunk, src + i * stride, i == n - 1 ? last : bytes); i++)
-        chunk++;
-    set_filled(chunk);
-}
-
-// Bring BLOCKS blocks, whose rows are all columns of x.
-static __device__ __forceinline__ void feed_rows(const unsigned char *src, int blocks)
-{
-    constexpr int SPAN = Head::SPAN_UNITS * 512, LAST = Head::BLOCK_BYTES - (Head::SPANS - 1) * SPAN;
-    if (Head::SPANS == 1)
-        feed(src, SPAN, SPAN, blocks, SPAN);
-    for (int i = 0; Head::SPANS > 1 && i < blocks; i += 2) { // two blocks side by side, as far as there are two
-        const int n = min(2, blocks - i);
-        for (int span = 0; span < Head::SPANS; span++) {
-            const int bytes = span < Head::SPANS - 1 ? SPAN : LAST;
-            feed(src + (u64)i * Head::BLOCK_BYTES + span * SPAN, Head::BLOCK_BYTES, bytes, n, bytes);
-        }
-    }
+    constexpr int SPANS = Head::SPANS, SPAN = Head::SPAN_UNITS * 512, LAST = Head::BLOCK_BYTES - (SPANS - 1) * SPAN;
+    feed(blocks * SPANS, [&](int i) -> Piece {
+        const int first = i / (SPANS * 2) * 2, in = i - first * SPANS, sides = first + 1 < blocks ? 2 : 1;
+        const int span = in / sides, block = first + in % sides;
+        return SPANS == 1 ? Piece{src + (u64)i * SPAN, SPAN}
+                          : Piece{src + (u64)block * Head::BLOCK_BYTES + span * SPAN, span < SPANS - 1 ? SPAN : LAST};
+    });
 }
 
 // Bring UNITS units of my pairs of rows, SPAN at a time.
-static __device__ __forceinline__ void feed_columns(const unsigned char *src, int units, int span)
+static __device__ __noinline__ void feed_columns(const unsigned char *src, int units, int span)
 {
     Set set = {0, 0};
     #pragma unroll 1
     for (int i = 0; units && i < SETS; i++) {
         set = set_of(my_rank(), set.first + set.pairs);
         const int bytes = span * set.pairs * 1024, n = (units + span - 1) / span;
-        feed(src, bytes, bytes, n, (units - (n - 1) * span) * set.pairs * 1024);
+        const int last = (units - (n - 1) * span) * set.pairs * 1024;
+        feed(n, [&](int chunk) -> Piece { return {src + (u64)chunk * bytes, chunk < n - 1 ? bytes : last}; });
         src += units * set.pairs * 1024;
     }
 }
 
 // My tiles of the cache of each of the group's heads.  The rows before this token are there: a whole
 // token's chunks, more than the ring has, went through it since the last one was written.
-static __device__ __forceinline__ void feed_kv(const Share &mine, int layer)
+static __device__ __noinline__ void feed_kv(int layer)
 {
+    const Share mine = share_of(my_group());
     const int tiles = my_tiles(S->args.pos + S->fed);
     #pragma unroll 1
-    for (int head = 0; head < mine.heads; head++)
-        feed((const unsigned char *)(S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD
-                                     + (u64)my_rank() * KV_TILE_ELEMS),
-             GROUP * KV_TILE_ELEMS * 2, KV_TILE_ELEMS * 2, tiles, KV_TILE_ELEMS * 2);
+    for (int head = 0; head < mine.heads; head++) {
+        const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_rank() * KV_TILE_ELEMS;
+        feed(tiles, [&](int tile) -> Piece {
+            return {(const unsigned char *)(cache + (u64)tile * (GROUP * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
+        });
+    }
 }
 
 static __device__ __noinline__ void feed_layer(int layer)
@@ -115,7 +125,7 @@ static __device__ __noinline__ void feed_layer(int layer)
     const Share mine = share_of(my_group());
     const unsigned char *src = my_layer(mine, layer);
     feed_rows(src, Qkv::mine());
-    feed_kv(mine, layer);
+    feed_kv(layer);
     feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS);
     feed_rows(src + mine.mlp, Mlp::mine());
     feed_columns(src + mine.down, mine.units, Down::SPAN_UNITS);
@@ -126,13 +136,6 @@ static __device__ __noinline__ void look_for_cancel()
 {
     if (blockIdx.x == 0 && threadIdx.x % 32 == 0)
         store_flag(&S->canceled, load_system(S->args.cancel));
-}
-
-// Nothing may arrive after the CTA has gone.
-static __device__ __noinline__ void drain()
-{
-    while (count_landed(S->filled) < S->filled)
-        ;
 }
 
 static __device__ __forceinline__ void produce()
@@ -147,8 +150,11 @@ static __device__ __forceinline__ void produce()
         if (threadIdx.x % 32 == 0)
             S->fed++;
         sync_producer();
-    } while (S->fed < S->args.n && !of_lane0(load_flag(&S->done)));
-    drain();
+    } while (S->fed < S->args.n);
+    if (threadIdx.x % 32 == 0)
+        store_flag(&S->end, S->filled);
+    while (of_lane0(load_flag(&S->landed)) != S->filled) // nothing may arrive after the CTA has gone
+        ;
 }
 
 t_if(PLAN_FAULT == 1, {|// The planted fault: the last CTA never answers, until the watchdog of another ends it all.
@@ -232,6 +238,7 @@ static __device__ __forceinline__ void start(const mk_args &args)
     if (threadIdx.x == 0) {
         S->args = args;
         S->hold = S->done = S->canceled = S->filled = S->landed = S->fed = S->index = 0;
+        S->end = ~0u;
 t_if(PLAN_TIMING, {|        for (int i = 0; i < LAPS; i++)
             S->laps[i][0] = S->laps[i][1] = 0;
         S->waited = 0;
@@ -263,12 +270,14 @@ t_if(PLAN_CLUSTER > 1, {|    cluster_arrive(); // before others push to what the
 // Run up to args.n tokens from args.token at position args.pos on, feeding each token back; or
 // those of args.tokens, when it is given.  No value lives across a call here: the stages have all
 // registers to themselves, and nothing is spilled.
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+extern "C" __global__ void __launch_bounds__(PLAN_BLOCK_THREADS, 1)
 mk_decode(const __grid_constant__ mk_args args)
 {
     start(args);
     if (threadIdx.x >= THREADS) {
-        if (is_producer())
+        if (is_teller())
+            tell_landed();
+        else if (is_producer())
             produce();
     } else {
         do {

@@ -60,46 +60,48 @@ t_section({|Matrices that are split by rows: all warps share a block's columns|}
 typedef Head Rows; // q, k, v, the MLP and the head all have D columns
 static_assert(Rows::UNITS == Qkv::UNITS && Rows::UNITS == Mlp::UNITS && Rows::SPANS == Qkv::SPANS && Rows::SPANS == Mlp::SPANS, "columns");
 
-// This warp's units of x: every WARPS-th.
+// This warp's units, every WARPS-th, of a span of columns that has UNITS.
 template <int UNITS>
-struct Warp_x {
+struct Span {
     static constexpr int MINE = (UNITS + WARPS - 1) / WARPS;
-    uint4 unit[MINE];
+    static __device__ __forceinline__ bool has(int i) { return (i + 1) * WARPS <= UNITS || i * WARPS + (int)threadIdx.x / 32 < UNITS; }
+};
+
+// Of x.
+template <int UNITS>
+struct Span_x : Span<UNITS> {
+    uint4 unit[Span<UNITS>::MINE];
 
     __device__ __forceinline__ void load(const half *x)
     {
         #pragma unroll
-        for (int i = 0; i < MINE; i++)
+        for (int i = 0; i < Span<UNITS>::MINE; i++)
             unit[i] = load_x(x, min(i * WARPS + (int)threadIdx.x / 32, UNITS - 1));
     }
 };
 
-// SUM += this warp's units of pairs of blocks: the first pair in chunks CHUNK and CHUNK + 1, and so on; with HALF
-// there is one block, taken twice.  When they have been read, READY(x) sees to it that x is there.
-template <int UNITS, int PAIRS_AT_ONCE, bool HALF, class Ready>
-static __device__ __forceinline__ void multiply_chunks(float (&sum)[PAIRS_AT_ONCE][2][4], u32 chunk, Warp_x<UNITS> &x, Ready ready)
-{
-    constexpr int MINE = Warp_x<UNITS>::MINE;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 at = warp * 512 + lane / 16 * 128 + lane % 8 * 16;
-    Unit unit[PAIRS_AT_ONCE][MINE];
-    wait_landed(chunk + (HALF ? 1 : PAIRS_AT_ONCE * 2));
-    #pragma unroll
-    for (int p = 0; p < PAIRS_AT_ONCE; p++) {
-        const u32 from = shared_address(S->ring[(chunk + p * 2 + (HALF ? 0 : lane / 8 % 2)) % STAGES]) + at;
+// Of two blocks of weights, in chunks CHUNK and CHUNK + 1; with HALF of one, taken twice.
+template <int UNITS>
+struct Span_weights : Span<UNITS> {
+    Unit unit[Span<UNITS>::MINE];
+
+    template <bool HALF>
+    __device__ __forceinline__ void load(u32 chunk)
+    {
+        const int lane = threadIdx.x % 32;
+        const u32 from = shared_address(S->ring[(chunk + (HALF ? 0 : lane / 8 % 2)) % STAGES])
+                         + threadIdx.x / 32 * 512 + lane / 16 * 128 + lane % 8 * 16;
         #pragma unroll
-        for (int i = 0; i < MINE; i++) // a warp that has no unit i reads its last one again
-            unit[p][i].load(from + ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS ? i : max(i - 1, 0)) * WARPS * 512);
+        for (int i = 0; i < Span<UNITS>::MINE; i++) // a warp that has no unit i reads its last one again
+            unit[i].load(from + (this->has(i) ? i : max(i - 1, 0)) * WARPS * 512);
     }
-    ready(x);
-    #pragma unroll
-    for (int i = 0; i < MINE; i++)
-        if ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS)
-            #pragma unroll
-            for (int p = 0; p < PAIRS_AT_ONCE; p++)
-                unit[p][i].multiply(sum[p], x.unit[i]);
-    release_chunks(chunk, HALF ? 1 : PAIRS_AT_ONCE * 2);
-}
+    // SUM += these by X, unit I.
+    __device__ __forceinline__ void multiply(float (&sum)[2][4], const Span_x<UNITS> &x, int i) const
+    {
+        if (this->has(i))
+            unit[i].multiply(sum, x.unit[i]);
+    }
+};
 
 // This warp's sums of a pair, to PART[warp][row].
 template <int BLOCKS>
@@ -113,38 +115,72 @@ static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], floa
     }
 }
 
-// Multiply the next N blocks, whose columns are one chunk each, by x.
+// Multiply the next N blocks, whose columns are one chunk each, by x.  When they have been read, READY(x) sees to it
+// that x is there.
 template <int N, class Ready>
-static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Warp_x<Rows::UNITS> &x, float *part, Ready ready)
+static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Span_x<Rows::UNITS> &x, float *part, Ready ready)
 {
     constexpr int PAIRS_AT_ONCE = (N + 1) / 2;
     float sum[PAIRS_AT_ONCE][2][4] = {};
-    multiply_chunks<Rows::UNITS, PAIRS_AT_ONCE, N == 1>(sum, chunk, x, ready);
+    Span_weights<Rows::UNITS> weights[PAIRS_AT_ONCE];
+    wait_landed(chunk + N);
+    #pragma unroll
+    for (int p = 0; p < PAIRS_AT_ONCE; p++)
+        weights[p].template load<N == 1>(chunk + p * 2);
+    ready(x);
+    #pragma unroll
+    for (int i = 0; i < Span<Rows::UNITS>::MINE; i++)
+        #pragma unroll
+        for (int p = 0; p < PAIRS_AT_ONCE; p++)
+            weights[p].multiply(sum[p], x, i);
+    release_chunks(chunk, N);
     #pragma unroll
     for (int p = 0; p < PAIRS_AT_ONCE; p++)
         leave_sums<N == 1 ? 1 : 2>(sum[p], part + p * 16);
     return chunk + N;
 }
 
+// SUM += N blocks (1 or 2) side by side, TOGETHER spans of UNITS each of them, by X.
+template <int UNITS, int N, int TOGETHER>
+static __device__ __forceinline__ u32 multiply_spans(float (&sum)[2][4], u32 chunk, const half *x)
+{
+    float part[TOGETHER][2][4] = {};
+    Span_weights<UNITS> weights[TOGETHER];
+    Span_x<UNITS> mine[TOGETHER];
+    wait_landed(chunk + N * TOGETHER);
+    #pragma unroll
+    for (int t = 0; t < TOGETHER; t++) {
+        weights[t].template load<N == 1>(chunk + t * N);
+        mine[t].load(x + t * UNITS * 32);
+    }
+    #pragma unroll
+    for (int i = 0; i < Span<UNITS>::MINE; i++)
+        #pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            weights[t].multiply(part[t], mine[t], i);
+    release_chunks(chunk, N * TOGETHER);
+    #pragma unroll
+    for (int i = 0; i < 8; i++)
+        #pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            sum[i / 4][i % 4] += part[t][i / 4][i % 4];
+    return chunk + N * TOGETHER;
+}
+
 // Multiply the next N blocks (1 or 2), whose columns are several chunks, side by side, by x.
 template <int N>
 static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half *x, float *part)
 {
-    constexpr int LAST = Rows::UNITS - (Rows::SPANS - 1) * Rows::SPAN_UNITS; // units of the last chunk
-    float sum[1][2][4] = {};
-    #pragma unroll
-    for (int span = 0; span < Rows::SPANS - 1; span++, chunk += N) {
-        Warp_x<Rows::SPAN_UNITS> some;
-        multiply_chunks<Rows::SPAN_UNITS, 1, N == 1>(sum, chunk, some, [&](Warp_x<Rows::SPAN_UNITS> &to) {
-            to.load(x + span * Rows::SPAN_UNITS * 32);
-        });
-    }
-    Warp_x<LAST> rest;
-    multiply_chunks<LAST, 1, N == 1>(sum, chunk, rest, [&](Warp_x<LAST> &to) {
-        to.load(x + (Rows::SPANS - 1) * Rows::SPAN_UNITS * 32);
-    });
-    leave_sums<N>(sum[0], part);
-    return chunk + N;
+    constexpr int SPAN = Rows::SPAN_UNITS, LAST = Rows::UNITS - (Rows::SPANS - 1) * SPAN; // units
+    constexpr int TOGETHER = t_if(PLAN_CLUSTER > 1, {|STAGES >= 8 && Rows::SPANS % 2 == 0 && LAST == SPAN ? 2 : 1|}, 1);
+    float sum[2][4] = {};
+    #pragma unroll 1
+    for (int span = 0; span < Rows::SPANS - (TOGETHER == 1); span += TOGETHER)
+        chunk = multiply_spans<SPAN, N, TOGETHER>(sum, chunk, x + span * SPAN * 32);
+    if (TOGETHER == 1)
+        chunk = multiply_spans<LAST, N, 1>(sum, chunk, x + (Rows::SPANS - 1) * SPAN * 32);
+    leave_sums<N>(sum, part);
+    return chunk;
 }
 
 // Multiply N blocks by x, from chunk CHUNK on; sums go to PART[warp][row].  The first weights are read before AWAIT
@@ -163,14 +199,14 @@ static __device__ __forceinline__ u32 multiply_round(u32 chunk, const half *x, i
             chunk = multiply_long_blocks<2>(chunk, x, part + i * 8);
         return n % 2 ? multiply_long_blocks<1>(chunk, x, part + (n - 1) * 8) : chunk;
     }
-    Warp_x<Rows::UNITS> mine;
-    const auto nothing = [](Warp_x<Rows::UNITS> &) {};
+    Span_x<Rows::UNITS> mine;
+    const auto nothing = [](Span_x<Rows::UNITS> &) {};
     int i = 0;
     if (is_ready)
         mine.load(x);
     #pragma unroll 1
     for (; STAGES >= 8 && i + 4 <= n; i += 4)
-        chunk = multiply_blocks<4>(chunk, mine, part + i * 8, [&](Warp_x<Rows::UNITS> &to) {
+        chunk = multiply_blocks<4>(chunk, mine, part + i * 8, [&](Span_x<Rows::UNITS> &to) {
             if (!EARLY || is_ready)
                 return;
             await();

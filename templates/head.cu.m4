@@ -85,13 +85,12 @@ static __device__ __noinline__ Best rows(int what, int layer, int bias)
     const int blocks = what == QKV_ROWS ? Qkv::mine() : what == MLP_ROWS ? Mlp::mine() : Head::mine();
     Best best = {-infinity(), V, 0};
     bool is_ready = which && !layer; // the embedding's
-    float inverse;
     const auto await = [&] {
         await_x(which, layer - which);
-        inverse = inverse_rms(which);
+        find_factor(which);
     };
     if (is_ready)
-        inverse = inverse_rms(which);
+        find_factor(which);
     else if (!blocks) // who sends what comes next has waited for x of all ranks
         await();
     u32 chunk = my_chunk();
@@ -102,7 +101,7 @@ static __device__ __noinline__ Best rows(int what, int layer, int bias)
         chunk = multiply_round(chunk, t_x(which), n, part, is_ready, await);
         is_ready = true;
         consumer_barrier();
-        const float factor = x_factor(which, inverse);
+        const float factor = S->factor[which];
         if (what == QKV_ROWS)
             finish_qkv(layer, bias, first, n, part, factor);
         else if (what == MLP_ROWS)
@@ -118,18 +117,16 @@ t_if(PLAN_TIMING, {|    lap(what == QKV_ROWS ? LAP_QKV : what == MLP_ROWS ? LAP_
 
 t_section({|Matrices that are split by columns: each warp has its own rows|})
 
-// To the same rank in all groups: this group's part of a pair of D rows, which lanes 4 r have, rows r
-// and r + 8.
+// To the same rank in all groups: this group's part of a pair of D rows, of which lane l has rows l / 4 and
+// l / 4 + 8.
 static __device__ __forceinline__ void send_pair(Word *hop, int pair, u32 tag, const float (&sum)[2])
 {
     const int word = threadIdx.x % 32 % 6; // three rows
+    const float mine = threadIdx.x % 2 ? sum[1] : sum[0];
     float v[3];
     #pragma unroll
-    for (int i = 0; i < 3; i++) {
-        const int from = (word % 3 * 3 + i & 7) * 4;
-        const float a = __shfl_sync(~0u, sum[0], from), b = __shfl_sync(~0u, sum[1], from);
-        v[i] = word < 3 ? a : b;
-    }
+    for (int i = 0; i < 3; i++)
+        v[i] = __shfl_sync(~0u, mine, (word % 3 * 3 + i & 7) * 4 + word / 3);
     if (threadIdx.x % 32 < 6)
         store_word(hop + (pair * GROUPS + my_group()) * 6 + word, __float_as_uint(v[0]), __float_as_uint(v[1]),
                    __float_as_uint(v[2]), tag);

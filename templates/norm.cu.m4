@@ -13,9 +13,15 @@ static __device__ __forceinline__ float inverse_rms(int which)
     return rsqrtf(warp_sum(sum) * (1.0f / D) + EPS);
 }
 
-// What products of x[WHICH], whose inverse_rms is INVERSE, are still to be multiplied by.
-static __device__ __forceinline__ float x_factor(int which, float inverse) { return inverse * S->unguess[which]; }
-
+// What products of x[WHICH] are still to be multiplied by: one warp finds it while the others multiply.
+static __device__ __forceinline__ void find_factor(int which)
+{
+    if (threadIdx.x / 32 == WARPS - 1) {
+        const float factor = inverse_rms(which) * S->unguess[which];
+        if (threadIdx.x % 32 == 0)
+            S->factor[which] = factor;
+    }
+}
 
 // The sum of VALUE over all consumer threads, in every one of them.
 static __device__ __forceinline__ float block_sum(float value)
@@ -159,7 +165,9 @@ static __device__ __noinline__ void add_norm(int layer, int which, int weight)
 t_if(PLAN_CLUSTER > 1, {|        give_halves(S->x[which], X_HERE + which, 2, r * w * guess, at);|}, {|        give_blocks(x_hop(which), tag, 2, r * w * guess, at);|})
     }
     hold(0);t_if(PLAN_TIMING, {| lap(which ? LAP_DOWN_SUMS : LAP_O_SUMS);|})
-    squares = warp_sum(squares);
+    #pragma unroll
+    for (int i = 8; i; i /= 2)
+        squares += __shfl_xor_sync(~0u, squares, i); // lanes 0 .. 15 have some
 t_if(PLAN_CLUSTER > 1, {|    if (lane < GROUP)
         give(S->squares[which][rank * WARPS + warp], X_HERE + which, lane, __float_as_uint(squares), 0, 0, 0);|}, {|    if (lane == 0)
         store_word(x_hop(which) + PAIRS * 6 + rank * WARPS + warp, __float_as_uint(squares), 0, 0, tag);|})

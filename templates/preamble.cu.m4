@@ -29,9 +29,10 @@ constexpr int RATIO = H / K; // query heads of a KV head
 t_section({|Choices of the plan|})
 
 constexpr int CTAS = PLAN_CTAS;
+constexpr int PREFILL_CTAS = PLAN_PREFILL_CTAS;
 constexpr int GROUP = PLAN_GROUP; // CTAs of a group
 constexpr int GROUPS = CTAS / GROUP;
-constexpr int WARPS = PLAN_WARPS; // that multiply; one more is the producer
+constexpr int WARPS = PLAN_WARPS; // that multiply; two more keep the ring full
 constexpr int THREADS = PLAN_THREADS; // of the consumer warps
 constexpr int STAGES = PLAN_STAGES; // of the ring
 constexpr int STAGE_BYTES = PLAN_STAGE_BYTES;

@@ -104,7 +104,7 @@ static __device__ __noinline__ void prefill_norm(int vec)
 {
     const int warp = threadIdx.x / 32;
     #pragma unroll 1
-    for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS)
+    for (int token = warp * PREFILL_CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * PREFILL_CTAS)
         prefill_norm_row(token, G->args.vec + vec);
 }
 
@@ -113,7 +113,7 @@ static __device__ __noinline__ void prefill_embed()
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     #pragma unroll 1
-    for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS) {
+    for (int token = warp * PREFILL_CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * PREFILL_CTAS) {
         const int id = G->args.tokens[token];
         float *row = prefill_resid() + (u64)token * D;
         #pragma unroll 4
@@ -163,7 +163,7 @@ typedef Tile<64, 8, 64, 2, 2, MOST_STAGES> Middle;
 template <class P>
 struct Narrow_blocks {
     static constexpr int FIT = (WORK_BYTES / 4 / 512 - 16) / 8, MOST = (FIT < 2 ? 2 : FIT > 8 ? 8 : FIT) / P::STEP;
-    static constexpr int MINE = (P::BLOCKS / P::STEP + CTAS - 1) / CTAS, ROUNDS = (MINE + MOST - 1) / MOST;
+    static constexpr int MINE = (P::BLOCKS / P::STEP + PREFILL_CTAS - 1) / PREFILL_CTAS, ROUNDS = (MINE + MOST - 1) / MOST;
     static constexpr int BLOCKS = (MINE + ROUNDS - 1) / ROUNDS * P::STEP;
 };
 template <class P> using Narrow = Tile<16, Narrow_blocks<P>::BLOCKS, 256, 1, 1, MOST_STAGES>;
@@ -294,7 +294,7 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, in
     const int wm = warp % T::WM, wn = warp / T::WM % T::WN, wk = warp / (T::WM * T::WN);
     const int token_tiles = (G->args.n + T::TOKENS - 1) / T::TOKENS, tiles = tile_count<T>(last - first);
     #pragma unroll 1
-    for (int tile = blockIdx.x; tile < tiles; tile += CTAS) {
+    for (int tile = blockIdx.x; tile < tiles; tile += PREFILL_CTAS) {
         const int token0 = tile % token_tiles * T::TOKENS, block0 = first + tile / token_tiles * T::BLOCKS;
         const int token = token0 + wm * (T::M16 * 16) + lane / 4, block = block0 + wn * T::N8;
         Tile_source<P, T> source(x, layer, token0, block0);
@@ -342,11 +342,11 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, in
     }
 }
 
-// With few tokens: bring bytes FROM .. TO-1 of LAYER, in this CTA's stream, as near as L2.
+// With few tokens: bring bytes FROM .. TO-1 of LAYER, in the stream of decode's CTA of this number, as near as L2.
 static __device__ __forceinline__ void read_ahead(int layer, const Share &mine, int from, int to)
 {
     const unsigned char *at = G->args.stream + blockIdx.x * CTA_BYTES + LAYERS_OFFSET + (u64)layer * mine.layer;
-    if (G->args.n <= FEW_TOKENS)
+    if (G->args.n <= FEW_TOKENS && blockIdx.x < CTAS)
         for (int i = from + threadIdx.x * 64; i < to; i += PREFILL_THREADS * 64)
             prefetch_l2(at + i);
 }
@@ -357,8 +357,8 @@ template <class P, class Read, class Write>
 static __device__ __forceinline__ void multiply_rows(const unsigned char *x, int layer, int first, int last,
                                                      Read read, Write write)
 {
-    const int wide = (tile_count<Wide>(last - first) + CTAS - 1) / CTAS;
-    const int middle = (tile_count<Middle>(last - first) + CTAS - 1) / CTAS;
+    const int wide = (tile_count<Wide>(last - first) + PREFILL_CTAS - 1) / PREFILL_CTAS;
+    const int middle = (tile_count<Middle>(last - first) + PREFILL_CTAS - 1) / PREFILL_CTAS;
     if (G->args.n <= Narrow<P>::TOKENS)
         multiply_tiles<P, Narrow<P>>(x, layer, first, last, read, write);
     else if (middle * 7 < wide * 20)
@@ -425,7 +425,7 @@ t_if(MODEL_QK_NORM, {|    Head_values q_norm, k_norm;
     k_norm.load(vec + VEC_K_NORM);
 |})m4_dnl
     #pragma unroll 1
-    for (int task = warp * CTAS + blockIdx.x; task < tasks; task += PREFILL_WARPS * CTAS) {
+    for (int task = warp * PREFILL_CTAS + blockIdx.x; task < tasks; task += PREFILL_WARPS * PREFILL_CTAS) {
         const int token = task / batches, head0 = first + task % batches * BATCH, pos = G->args.pos + token;
         const float *raw = prefill_raw() + (u64)token * ((H + 2 * K) * E);
         Head_values x[BATCH];
@@ -627,8 +627,8 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
     const int tiles = (rows + FLASH_ROWS - 1) / FLASH_ROWS;
     const u32 work = shared_address(G->work);
     #pragma unroll 1
-    for (int round = 0; round * CTAS < tiles * K; round++) {
-        const int task = round * CTAS + (round % 2 ? CTAS - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    for (int round = 0; round * PREFILL_CTAS < tiles * K; round++) {
+        const int task = round * PREFILL_CTAS + (round % 2 ? PREFILL_CTAS - 1 - (int)blockIdx.x : (int)blockIdx.x);
         if (task >= tiles * K)
             continue;
         const int head = task % K, tile0 = (tiles - 1 - task / K) * FLASH_ROWS, first = tile0 + warp * 16;
@@ -721,50 +721,50 @@ static __device__ __forceinline__ void prefill()
 
     read_ahead(0, mine, 0, mine.o);
     prefill_embed();
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
 t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 2, {|
     t_note({|layer t_2d(LAYER)|})
     prefill_qkv(LAYER, 0, PLAN_VEC_AT(LAYER, BIAS));
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_rotate(PLAN_VEC_AT(LAYER, START), PLAN_KV_AT(LAYER), 0);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_attn(PLAN_KV_AT(LAYER));
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_o(LAYER);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_norm(PLAN_VEC_AT(LAYER, MLP_NORM));
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_mlp(LAYER);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_down(LAYER);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_norm(PLAN_VEC_AT(LAYER, NEXT_NORM));
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
 |})|}, {|    #pragma unroll 1
     for (int layer = 0; layer < L - 1; layer++) {
         const int vec = layer * VEC_LAYER;
         prefill_qkv(layer, 0, vec + VEC_BIAS);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
         prefill_rotate(vec, layer * KV_LAYER, 0);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
         prefill_attn(layer * KV_LAYER);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
         prefill_o(layer);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
         prefill_norm(vec + VEC_MLP_NORM);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
         prefill_mlp(layer);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
         prefill_down(layer);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
         prefill_norm(vec + VEC_LAYER + VEC_ATTN_NORM);
-        grid_barrier(count += CTAS);
+        grid_barrier(count += PREFILL_CTAS);
     }
 |})m4_dnl
 
     t_note({|layer t_2d(m4_eval(MODEL_L - 1))|})
     prefill_qkv(m4_eval(MODEL_L - 1), H * E / 8, PLAN_VEC_AT(MODEL_L - 1, BIAS));
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_rotate(PLAN_VEC_AT(MODEL_L - 1, START), PLAN_KV_AT(MODEL_L - 1), H);
 }
 

@@ -143,7 +143,7 @@ static __device__ __forceinline__ void prefetch_l2(const void *p)
     asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
 }
 
-// Barrier of the first THREADS threads; the producer warp takes no part.
+// Barrier of the first THREADS threads; the others take no part.
 static __device__ __forceinline__ void consumer_barrier()
 {
     asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");

@@ -17,12 +17,13 @@ struct Shared {
 t_if(PLAN_CLUSTER > 1, {|    alignas(16) float part[GROUP][MOST_HEADS * RATIO][E + 4]; // attention of a rank's positions; its maximum, sum
 |})m4_dnl
     alignas(16) float squares[2][GROUP * WARPS][4]; // of the residual, a part of each warp: [0] of the 4
-    alignas(16) float unguess[2]; // 1 / the factor with which x was sent
+    alignas(16) float unguess[2], factor[2]; // 1 / the factor with which x was sent; what its products lack
     // Attention: normed, rotated queries; this position's key and value; what each warp has found.
     alignas(16) half q[MOST_HEADS * RATIO][E];
-    alignas(128) half now[MOST_HEADS][2][E * 8]; // the first of 8 rows; the others are not read
+    alignas(16) half now[MOST_HEADS][2][E];
     alignas(16) float out[WARPS][RATIO][E];
     float top[WARPS][RATIO], mass[WARPS][RATIO];
+    float score[RATIO]; // this position's, of each query
     alignas(16) half y[MOST_HEADS * RATIO * E]; // attention output: the columns of O
     alignas(16) float resid[PLAN_RANK_PAIRS * 16]; // residual stream, the rows of this rank
     float part_sums[2][WARPS][ROUND * 8]; // dot products of one round
@@ -36,7 +37,8 @@ t_if(PLAN_CLUSTER > 1, {|    u64 arrived[LANDINGS]; // mbarriers
     u32 hold; // a hop through L2 is awaited: keep fewer chunks in flight
     u32 done; // the consumers have left
     u32 canceled; // the host's word, in CTA 0
-    u32 filled, landed; // producer: chunks before these are on their way, have arrived
+    u32 filled, landed; // chunks before these are on their way, have arrived
+    u32 end; // the last chunk of the launch is before this, when the producer has brought it
     u32 chunk[WARPS]; // the next one that a warp takes
 t_if(PLAN_TIMING, {|    u64 lap, waited; // when the last one ended; for the ring since then
     u64 laps[LAPS][2]; // cycles of each stage; of these for the ring

@@ -537,11 +537,12 @@ static int64_t shared_size(const struct gen_plan *p)
     if (p->cluster)
         place(&at, p->group * heads * (e + 4) * 4, 16);    /* part */
     place(&at, 2 * p->group * p->warps * 16, 16);          /* squares */
-    place(&at, 8, 16);                                     /* unguess */
+    place(&at, 16, 16);                                    /* unguess, factor */
     place(&at, heads * e * 2, 16);                         /* q */
-    place(&at, p->most_heads * 2 * e * 16, 128);           /* now */
+    place(&at, p->most_heads * 2 * e * 2, 16);             /* now */
     place(&at, p->warps * ratio * e * 4, 16);              /* out */
     place(&at, 2 * p->warps * ratio * 4, 4);               /* top, mass */
+    place(&at, ratio * 4, 4);                              /* score */
     place(&at, heads * e * 2, 16);                         /* y */
     place(&at, p->rank_pairs * 64, 16);                    /* resid */
     place(&at, 2 * p->round_blocks * 8 * p->warps * 4, 4); /* part_sums */
@@ -551,7 +552,7 @@ static int64_t shared_size(const struct gen_plan *p)
     place(&at, 2 * p->stages * 8, 8);                      /* full, free */
     place(&at, p->cluster ? 5 * 8 : 0, 8);                 /* arrived */
     place(&at, sizeof(struct mk_args), 8);
-    place(&at, 5 * 4 + p->warps * 4, 4); /* hold .. chunk */
+    place(&at, 6 * 4 + p->warps * 4, 4); /* hold .. chunk */
     place(&at, p->timing ? 16 + MK_LAP_COUNT * 16 : 0, 8); /* lap, waited, laps */
     place(&at, 2 * 4, 4);                /* fed, index */
     place(&at, 0, 128);

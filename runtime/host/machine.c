@@ -513,7 +513,8 @@ void polled(struct lane *l, const void *p)
 }
 
 /* Whoever read the word before may poll on: parked lanes wake, and others are not parked now, or
-   what they missed would never wake them. */
+   what they missed would never wake them.  So do the other lanes of their warps: what one of them sees, the others
+   may be told. */
 void changed(const void *p)
 {
     const uint64_t bit = hash_bit(p);
@@ -527,11 +528,9 @@ void changed(const void *p)
         w->watched = 0;
         for (int lane = 0; lane < w->n_lanes; lane++) {
             struct lane *l = &w->lanes[lane];
-            if (l->watched & bit) {
-                if (l->state == PARKED)
-                    set_state(l, READY);
-                l->polls = l->patience = 0;
-            }
+            if (l->state == PARKED)
+                set_state(l, READY);
+            l->polls = l->patience = 0;
             w->watched |= l->watched;
         }
     }

@@ -85,7 +85,6 @@ uint32_t mkhost_ballot(_Bool vote)
     struct vote mine = {.vote = vote};
     uint32_t all = 0;
 
-    progress(l);
     if (!meet(l, "vote.sync.ballot", &mine))
         return mine.all;
     for (int i = 0; i < LANES; i++)
