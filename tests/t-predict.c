@@ -164,6 +164,25 @@ static void test_worse(void)
     CHECK(token_us(&m, &g, 4096, 128, NULL) > best);
 }
 
+/* Tiles are dealt to the ranks in turn: at position 0 one rank of a group attends, and each of them
+   to one tile at the last position of as many tiles. */
+static void test_tiles(void)
+{
+    static struct gen_plan p;
+    struct gen_prediction first, all;
+    struct gen_model m;
+    struct gen_gpu g;
+    double one;
+
+    get("qwen3-0.6b", "h200", &m, &g);
+    CHECKF(make(&m, &g, 0, NULL, &p) == 0, "%s", err.text);
+    gen_predict(&p, 0, &first);
+    gen_predict(&p, p.kv_tile * p.group - 1, &all);
+    one = first.cycles[GEN_WITH_HEADS][MK_LAP_ATTN];
+    CHECK(one > 0 && fabs(all.cycles[GEN_WITH_HEADS][MK_LAP_ATTN] / (one * p.group) - 1) < 1e-9);
+    CHECK(first.cycles[GEN_OTHERS][MK_LAP_ATTN] == 0);
+}
+
 /* ---- Constants ---------------------------------------------------------------------- */
 
 static void check_gpu(const char *name, const struct gen_gpu *gpu, int measured, double gbps)
@@ -236,6 +255,7 @@ int main(void)
     test_all();
     test_larger();
     test_worse();
+    test_tiles();
     test_gpus();
     test_measured();
     return check_done();
