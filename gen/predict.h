@@ -1,5 +1,5 @@
 /* predict.h - how long decode will take: a plan and a position -> cycles of every stage.  Pure
-   arithmetic over the plan and the constants of the tables in predict.c, which were measured. */
+   arithmetic over the plan and the tables of constants in predict.c, each measured or fitted. */
 #ifndef GEN_PREDICT_H
 #define GEN_PREDICT_H
 #include <stdio.h>

@@ -1,6 +1,6 @@
 /* t-predict.c - properties of predictions, over every carried model on every profile: the stages
    add up to the token, no token is faster than its bytes can be read, later positions, larger
-   models and worse plans take longer.  And what was measured is predicted. */
+   models and worse plans take longer.  And the tokens that the constants were fitted to. */
 #include "config.h"
 
 #include "gen/gen.h"
@@ -223,7 +223,8 @@ static void test_gpus(void)
 }
 
 /* Tokens of mkbench --random-weights on the H200 (README.md, NOTEBOOK.md), at the position in the
-   middle of a run.  A change of the kernel that makes these wrong asks for new constants in
+   middle of a run.  The constants were fitted to these: what is shown is that one set of them does
+   for all, and still does.  A change of the kernel that makes these wrong asks for new constants in
    gen/predict.c, and for new figures here. */
 static void test_measured(void)
 {
