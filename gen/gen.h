@@ -4,6 +4,7 @@
 #include "gen/gpu.h"
 #include "gen/model.h"
 #include "gen/plan.h"
+#include "gen/predict.h"
 
 #define GEN_VERSION PACKAGE_VERSION     /* from config.h */
 
@@ -28,7 +29,8 @@ void gen_hop_describe(const struct gen_plan *p, int word, char *out, size_t size
 /* The text of params.m4 for PLAN: everything that the templates are told.  The caller
    frees; NULL: no memory. */
 char *gen_plan_params(const struct gen_plan *p);
-/* The plan as a person reads it: every choice, stage, hop and offset (--dump-plan). */
+/* The plan as a person reads it: every choice, stage, hop and offset, and how long each stage is
+   predicted to take (--dump-plan). */
 char *gen_plan_dump(const struct gen_plan *p);
 /* A few lines: shapes, bytes per token, hops per layer, shared memory, roofline. */
 char *gen_plan_summary(const struct gen_plan *p);

@@ -338,6 +338,7 @@ char *gen_plan_dump(const struct gen_plan *p)
     dump_choices(f, p);
     dump_groups(f, p);
     dump_tables(f, p);
+    gen_predict_dump(f, p);
     if (fclose(f)) {
         free(text);
         return NULL;

@@ -439,18 +439,19 @@ static void sum_laps(const struct gen_plan *p, const uint64_t *laps, int n, stru
     }
 }
 
-int rt_bench_stages(struct rt_bench *b, int pos, int n, struct rt_bench_stage *out, struct mk_err *err)
+int rt_bench_stages(struct rt_bench *b, int pos, int n, struct rt_bench_stage *out,
+                    struct gen_prediction *predicted, struct mk_err *err)
 {
-#define STAGE(stage) {.name = #stage},
-    static const struct rt_bench_stage stages[] = {MK_LAPS(STAGE)};
     uint64_t *laps = malloc((size_t)b->plan->ctas * MK_LAP_COUNT * 2 * sizeof *laps);
     int32_t *chosen = malloc((size_t)n * sizeof *chosen);
     double ms;
     int rc = laps && chosen ? 0 : gen_fail(err, MK_ENOMEM, "no memory for the stages' times");
 
-    memcpy(out, stages, sizeof stages);
     for (int i = 0; i < MK_LAP_COUNT; i++)
-        out[i].per_layer = i >= MK_LAP_QKV && i <= MK_LAP_DOWN_X;
+        out[i] = (struct rt_bench_stage){
+            .name = gen_stage_name(i), .per_layer = gen_stage_is_layer(i)
+        };
+    gen_predict(b->plan, pos + n / 2, predicted);
     if (rc == 0)
         rc = rt_session_laps(b->session, laps, err);
     if (rc == 0)

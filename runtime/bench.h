@@ -8,7 +8,7 @@
    is the next to be computed. */
 #ifndef RT_BENCH_H
 #define RT_BENCH_H
-#include "gen/model.h"
+#include "gen/gen.h"
 #include "runtime/mk.h"
 
 struct rt_bench;
@@ -91,9 +91,11 @@ struct rt_bench_stage {
 };
 
 /* Run N tokens from position POS once and measure the stages; needs plan choice timing=on, and
-   POS filled as for rt_bench_decode.  OUT has room for MK_LAP_COUNT.
+   POS filled as for rt_bench_decode.  OUT has room for MK_LAP_COUNT; *PREDICTED is for the token in
+   the middle.
    Returns 0, MK_ENOMEM, MK_EDEVICE. */
-int rt_bench_stages(struct rt_bench *b, int pos, int n, struct rt_bench_stage *out, struct mk_err *err);
+int rt_bench_stages(struct rt_bench *b, int pos, int n, struct rt_bench_stage *out,
+                    struct gen_prediction *predicted, struct mk_err *err);
 
 struct rt_bench_verdict {
     int correct;                /* 1, or 0 and TEXT says what was wrong */

@@ -81,6 +81,10 @@ for stage in EMBED QKV ATTN O MLP DOWN HEAD NEXT; do
     [ "$(grep -c -E "^ +$stage +[1-9]" "$tmp/out")" = 2 ] ||
         fail "not two rows with cycles of $stage: $(cat "$tmp/out")"
 done
+[ "$(grep -c -E '^ +predicted [1-9][0-9.]* us a token, .* measured [-+]' "$tmp/out")" = 2 ] ||
+    fail "not two predictions: $(cat "$tmp/out")"
+[ "$(grep -c -E '^ +all +[1-9][0-9]* +\( *[0-9]+\) +[1-9][0-9]* +[-+][0-9]+ %' "$tmp/out")" = 2 ] ||
+    fail "the stages are not added up beside what was predicted: $(cat "$tmp/out")"
 [ "$(grep -c -E '^(decode|prefill) .* correct \(8 tokens' "$tmp/out")" = 4 ] ||
     fail "with clocks, the table has not four correct rows: $(cat "$tmp/out")"
 

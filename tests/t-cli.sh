@@ -168,7 +168,7 @@ has '^mkgen: bad.gpu:1: ' err 'a bad GPU file'
 # ---- mkgen: what it writes ----
 
 run 0 mkgen -m "$toy" -a 90 --dump-plan -q
-for section in choices groups phases hops memory; do
+for section in choices groups phases hops memory predicted; do
     has "^\[$section\]$" out --dump-plan
 done
 [ -z "$(ls ./*.cu 2>/dev/null)" ] || fail "--dump-plan wrote a source that nobody asked for"

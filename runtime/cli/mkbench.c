@@ -23,7 +23,8 @@ static const char help[] =
     "      --runs N          timed runs (default 10)\n"
     "  -c, --context N       tokens that the KV cache holds (default: what is needed, at\n"
     "                        least 4096 or the model's maximum)\n"
-    "      --stages          print what the stages of decode take (a kernel with clocks)\n"
+    "      --stages          print what the stages of decode take, and what was predicted\n"
+    "                        (a kernel with clocks)\n"
     "      --seed N          of made weights and of prompts (default 1)\n"
     "  -j, --json FILE       the results as JSON; \"-\" is standard output, without the table\n"
     "      --plan FILE       plan choices of the kernel, see mkgen\n"
@@ -222,26 +223,81 @@ static int measure(struct rt_bench *b, const struct options *o, const struct rep
 
 /* ---- The stages ---- */
 
-/* One more run from the row's position, whose stages are measured: cycles of a token or of a layer. */
-static int print_stages(struct rt_bench *b, const struct options *o, const struct row *r, struct mk_err *err)
+/* What is further than this from its prediction is marked, unless it is a small part of a token. */
+static const double most_off = 15, small_part = 1;
+
+/* A stage in one kind of CTAs, which takes TOKEN cycles in all: measured, of these for the ring,
+   predicted, and how much longer it took.  All in cycles of a token; shown divided by TIMES. */
+static void print_stage(double measured, double waited, double predicted, double token, int times)
+{
+    const double late = measured - predicted;
+    const int is_off = 100 * (late < 0 ? -late : late) > most_off * predicted &&
+                       100 * (late < 0 ? -late : late) > small_part * token;
+
+    printf(" %10.0f (%8.0f) %9.0f", measured / times, waited / times, predicted / times);
+    if (predicted > 0)
+        printf(" %+5.0f %%", 100 * late / predicted);
+    else
+        printf(" %7s", "-");
+    printf("%c", is_off ? '!' : ' ');
+}
+
+static void print_stage_table(const struct rt_bench_stage *stage, const struct gen_prediction *p,
+                              int layers)
+{
+    struct rt_bench_stage all = { .name = "all" };
+
+    for (int i = 0; i < MK_LAP_COUNT; i++)
+        for (int kind = 0; kind < GEN_KINDS; kind++) {
+            all.cycles[kind] += stage[i].cycles[kind];
+            all.waited[kind] += stage[i].waited[kind];
+        }
+    for (int i = 0; i <= MK_LAP_COUNT; i++) {
+        const struct rt_bench_stage *s = i < MK_LAP_COUNT ? &stage[i] : &all;
+
+        printf("    %-10s", s->name);
+        for (int kind = 0; kind < GEN_KINDS; kind++)
+            if (p->ctas[kind])
+                print_stage(s->cycles[kind], s->waited[kind],
+                            s == &all ? p->token : p->cycles[kind][i], all.cycles[kind],
+                            s->per_layer ? layers : 1);
+        printf("  %s\n", s->per_layer ? "layer" : "token");
+    }
+}
+
+static void print_stage_head(const struct row *r, const struct gen_prediction *p)
+{
+    printf("    predicted %.1f us a token, with %sconstants, %s", p->token_us,
+           p->measured ? "the " : "another GPU's ", p->from);
+    if (r->median > 0)
+        printf("; measured %+.0f %%", 100 * (1e3 * r->median / p->token_us - 1));
+    printf("\n    %-10s", "");
+    for (int kind = 0; kind < GEN_KINDS; kind++)
+        if (p->ctas[kind])
+            printf(" %-40s", kind == GEN_WITH_HEADS ? "groups with heads" : "other groups");
+    printf("\n    %-10s", "cycles");
+    for (int kind = 0; kind < GEN_KINDS; kind++)
+        if (p->ctas[kind])
+            printf(" %10s (%8s) %9s %8s", "measured", "for ring", "predicted", "late ");
+    printf("  of a\n");
+}
+
+/* One more run from the row's position, whose stages are measured. */
+static int print_stages(struct rt_bench *b, const struct options *o, const struct row *r,
+                        struct mk_err *err)
 {
     struct rt_bench_stage stage[MK_LAP_COUNT];
+    struct gen_prediction predicted;
     struct rt_bench_facts facts;
     int rc;
 
     rt_bench_facts(b, &facts);
     rc = rt_bench_fill_kv(b, r->at, err);
-    rc = rc ? rc : rt_bench_stages(b, r->at, o->tokens, stage, err);
+    rc = rc ? rc : rt_bench_stages(b, r->at, o->tokens, stage, &predicted, err);
     if (rc)
         return rc;
-    printf("    %-10s %19s %19s   cycles (of these for the ring) of a layer, or of a token\n", "",
-           "groups with heads", "other groups");
-    for (int i = 0; i < MK_LAP_COUNT; i++) {
-        const int times = stage[i].per_layer ? facts.model.L : 1;
-        printf("    %-10s %10.0f (%6.0f) %10.0f (%6.0f)   %s\n", stage[i].name,
-               stage[i].cycles[0] / times, stage[i].waited[0] / times, stage[i].cycles[1] / times,
-               stage[i].waited[1] / times, stage[i].per_layer ? "layer" : "token");
-    }
+    print_stage_head(r, &predicted);
+    print_stage_table(stage, &predicted, facts.model.L);
     return 0;
 }
 

@@ -1,0 +1,498 @@
+/* predict.c - see predict.h.
+
+   The model.  A CTA goes through the stages of a token one after the other.  A stage takes as long
+   as its work, or until the bytes that it multiplies have come, whichever is longer:
+
+       max(work, (bytes - those in the ring) / rate)
+
+   The producer brings bytes all the time, until the ring is full; what came during one stage is
+   there for the next.  A hop ends a latency after the last of those that send has come to it: the
+   CTAs of a group wait for each other five times in a layer, and all groups twice.
+
+   CTAs of one rank in groups of one class do the same: one *lane* stands for all of them. */
+#include "config.h"
+
+#include <string.h>
+
+#include "gen/predict.h"
+
+/* ---- The constants, all of them ------------------------------------------- */
+
+/* How to measure them again, on a GPU that is idle otherwise:
+
+       mkbench qwen3-0.6b -r --stages --prefill none --pos 1,1024,4096,32000 --context 33000
+       mkbench llama-3.2-1b -r --stages --prefill none --pos 128
+       mkbench qwen3-8b -r --stages --prefill none --pos 128
+
+   prints each stage beside what is predicted, and the difference in percent.  Where a stage waits
+   for the ring (in brackets) the table of rates decides, elsewhere the table of work. */
+
+/* Of a GPU. */
+struct rates {
+    const char *gpu;       /* profile */
+    double read_gbps;      /* mkbench's "read bandwidth", 1e9 bytes a second */
+    double clock_mhz;      /* of an SM while decode runs: mkbench's column MHz */
+    double cta_bytes;      /* a cycle: what the ring of one CTA takes in at most */
+    double smem_bytes;     /* a cycle: what one CTA multiplies from its ring */
+    double latency_ns;     /* from the start of a copy until it has landed */
+    double hop_cluster_ns; /* over distributed shared memory */
+    double hop_l2_ns;      /* through L2 */
+};
+
+/* h200, 2026-11-21:
+   read_gbps       4507 to 4512 in README.md's runs.
+   cta_bytes       KV tiles of Qwen3-0.6B 16.8 (position 32000 against 3900: 109 tiles of 16 KiB in
+                   106,500 cycles of a layer), its head 14.6; 15.5 is nearest to the tokens of all
+                   models of tests/t-predict.c.  No CTA was seen to take in more, although all of
+                   them together would get 19.  Why is not known.
+   smem_bytes      fitted, not measured: q, k, v of Qwen3-0.6B, 128 KiB, in what 3000 cycles leave.
+   latency_ns      a stopwatch kernel, one chunk of 8 KiB in flight in 128 CTAs: 1.5 TB/s.
+   hop_cluster_ns  a stopwatch kernel: 290 to 320 at any load, groups of 8 and 16.
+   hop_l2_ns       the same, idle, groups of 16 CTAs; 1000 when all send to all. */
+static const struct rates rates[] = {
+    {"h200", 4510, 1980, 15.5, 80, 700, 300, 750},
+};
+enum { N_RATES = sizeof rates / sizeof *rates };
+
+/* Work of a stage, in cycles, on any GPU: it is the same code.  For hops it is what comes on top of
+   the latency: looking for words, adding them up, leaving and entering stages.
+
+   From a trace of one warp through a layer of Qwen3-0.6B at position 1 on the H200 (2026-11-21):
+   q, k, v with the wait for x 3000, attention with its hop 5400, PART's hop to O 2900, O's sums
+   2800, MLP with the wait for x 4500, MLP's hop to DOWN 2900, DOWN's sums 2600.  The sum is 7 %
+   less than a layer's part of the token's time, and was scaled to it.  How these seven fall into
+   hops and stages, and what is once in a token, is fitted, not measured. */
+struct work {
+    double fixed, each;
+};
+static const struct work work[MK_LAP_COUNT] = {
+    [MK_LAP_EMBED] = {3000, 0},
+    [MK_LAP_QKV] = {0, 700}, /* each: round of blocks */
+    [MK_LAP_QKV_HOP] = {200, 0},
+    [MK_LAP_ROWS] = {0, 1200},   /* each: row that a warp norms and rotates */
+    [MK_LAP_ATTN] = {1600, 800}, /* of a head; each: turn of tiles, 8 queries */
+    [MK_LAP_PART] = {1100, 120}, /* of a head; each: warp that has attended */
+    [MK_LAP_PART_HOP] = {100, 0},
+    [MK_LAP_MERGE] = {550, 60}, /* each: rank that has tiles */
+    [MK_LAP_O] = {0, 1000},     /* each: set of pairs */
+    [MK_LAP_O_SUMS] = {1500, 0},
+    [MK_LAP_O_X] = {800, 0},
+    [MK_LAP_MLP] = {0, 2600}, /* each: round of blocks */
+    [MK_LAP_MLP_HOP] = {600, 0},
+    [MK_LAP_DOWN] = {0, 1500}, /* each: set of pairs */
+    [MK_LAP_DOWN_SUMS] = {0, 0},
+    [MK_LAP_DOWN_X] = {200, 0},
+    [MK_LAP_HEAD] = {0, 700}, /* each: round of blocks */
+    [MK_LAP_NEXT] = {3000, 0},
+};
+
+/* A matrix split by rows of which a CTA has none. */
+enum { EMPTY_CALL = 400 };
+
+/* A GPU that was not measured has the first one's cycles and its own clock, and reads as large a
+   part of its data sheet's bandwidth. */
+static struct rates rates_of(const struct gen_gpu *g, int *measured)
+{
+    const struct rates *first = &rates[0];
+    const char *dash = strrchr(g->name, '-'); /* a device's name: nvidia-h200 */
+    struct rates r = *first;
+    struct gen_gpu known;
+
+    *measured = 1;
+    for (int i = 0; i < N_RATES; i++)
+        if (!g->host && !strcmp(dash ? dash + 1 : g->name, rates[i].gpu))
+            return rates[i];
+    *measured = 0;
+    if (g->clock_mhz)
+        r.clock_mhz = g->clock_mhz;
+    if (g->mem_gbps && gen_gpu_read(first->gpu, &known, NULL) == 0)
+        r.read_gbps = first->read_gbps * g->mem_gbps / known.mem_gbps;
+    return r;
+}
+
+/* ---- Lanes ----------------------------------------------------------------- */
+
+enum { MOST_RANKS = 16, LANES = GEN_CLASSES * MOST_RANKS };
+
+/* The halves of a layer: in the first one groups without heads have nothing to do. */
+enum { ATTENTION, MLP };
+
+struct lane {
+    const struct gen_class *cls;
+    int rank, kind;
+    double now;   /* cycles since the token began */
+    double ahead; /* bytes in the ring */
+    double cycles[MK_LAP_COUNT], waited[MK_LAP_COUNT];
+};
+
+struct sim {
+    const struct gen_plan *p;
+    struct rates r;
+    int pos, half;
+    double ring;               /* bytes that it holds */
+    double rate[2][GEN_KINDS]; /* in each half: bytes a cycle that a CTA's producer brings */
+    struct lane lane[LANES];
+    int n;
+};
+
+static double max_of(double a, double b)
+{
+    return a > b ? a : b;
+}
+
+static double min_of(double a, double b)
+{
+    return a < b ? a : b;
+}
+
+static int ceil_div(int a, int b)
+{
+    return (a + b - 1) / b;
+}
+
+/* Of N, dealt in turn by STEP over OF, what the one of number NTH gets. */
+static int dealt(int n, int step, int of, int nth)
+{
+    return ceil_div(n / step - nth, of) * step;
+}
+
+/* LANE spends WORK cycles on STAGE, or longer: until BYTES have come. */
+static void spend(const struct sim *s, struct lane *lane, int stage, double work_cycles,
+                  double bytes)
+{
+    const double rate = s->rate[s->half][lane->kind];
+    const double late =
+        bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - work_cycles) : 0;
+    const double all = work_cycles + late;
+
+    lane->ahead = min_of(s->ring, lane->ahead + rate * all - bytes);
+    lane->now += all;
+    lane->cycles[stage] += all;
+    lane->waited[stage] += late;
+}
+
+/* ---- Hops ------------------------------------------------------------------ */
+
+/* Who: lanes with KV heads, with units of the MLP, all. */
+enum who { HEADS, UNITS, ALL };
+/* Whom a lane waits for, among those that send: its group, its rank in all groups, everybody. */
+enum whom { GROUP, RANK, GRID };
+
+static int is_one(const struct lane *lane, enum who who)
+{
+    return who == ALL || (who == HEADS ? lane->cls->heads : lane->cls->units) > 0;
+}
+
+static int hears(const struct lane *to, const struct lane *from, enum whom whom)
+{
+    return whom == GRID || (whom == GROUP ? to->cls == from->cls : to->rank == from->rank);
+}
+
+/* Those who TAKE wait for those who SEND, over distributed shared memory or through L2. */
+static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum who take)
+{
+    const double ns = whom == GROUP && s->p->cluster ? s->r.hop_cluster_ns : s->r.hop_l2_ns;
+    const double latency = work[stage].fixed + ns * s->r.clock_mhz / 1000;
+    double last[LANES];
+
+    for (int i = 0; i < s->n; i++) {
+        last[i] = s->lane[i].now;
+        for (int j = 0; j < s->n; j++)
+            if (is_one(&s->lane[j], send) && hears(&s->lane[i], &s->lane[j], whom))
+                last[i] = max_of(last[i], s->lane[j].now);
+    }
+    for (int i = 0; i < s->n; i++)
+        if (is_one(&s->lane[i], take))
+            spend(s, &s->lane[i], stage, last[i] - s->lane[i].now + latency, 0);
+}
+
+/* ---- Stages ---------------------------------------------------------------- */
+
+/* BLOCKS of a matrix that is split by rows. */
+static void rows(const struct sim *s, struct lane *lane, int stage, int blocks)
+{
+    const double bytes = (double) blocks * s->p->phase[GEN_HEAD].units * 512;
+    const double rounds = ceil_div(blocks, s->p->round_blocks);
+
+    spend(s, lane, stage, blocks ? work[stage].each * rounds + bytes / s->r.smem_bytes : EMPTY_CALL,
+          bytes);
+}
+
+/* UNITS of a matrix that is split by columns. */
+static void columns(const struct sim *s, struct lane *lane, int stage, int units)
+{
+    const double bytes = dealt(s->p->pairs, 1, s->p->group, lane->rank) * 1024.0 * units;
+
+    if (units)
+        spend(s, lane, stage, work[stage].each * s->p->sets + bytes / s->r.smem_bytes, bytes);
+}
+
+static void qkv(const struct sim *s, struct lane *lane)
+{
+    const struct gen_model *m = &s->p->model;
+    const int blocks = lane->cls->heads * (m->H / m->K + 2) * m->E / 8;
+
+    rows(s, lane, MK_LAP_QKV, dealt(blocks, 1, s->p->group, lane->rank));
+}
+
+/* The rank's tiles of a head, as attn.cu.m4 deals them. */
+static int tiles_of(const struct sim *s, int rank)
+{
+    return ceil_div(s->pos / s->p->kv_tile + 1 - rank, s->p->group);
+}
+
+/* Norm and rotate; attend to the tiles of each head, as many at once as warps can share; merge the
+   warps' sums and send them.  A rank without tiles does nothing. */
+static void attention(const struct sim *s, struct lane *lane)
+{
+    const struct gen_plan *p = s->p;
+    const int heads = lane->cls->heads, tiles = tiles_of(s, lane->rank),
+              ratio = p->model.H / p->model.K;
+    const int parts = p->kv_tile / 16, at_once = p->warps / parts ? p->warps / parts : 1;
+    const int turns = ceil_div(tiles, at_once), warps = (int) min_of(p->warps, tiles * parts + 1);
+    const double queries = ceil_div(ratio, 8), bytes = (double) tiles * p->kv_tile * p->model.E * 4;
+    const struct work *attn = &work[MK_LAP_ATTN], *part = &work[MK_LAP_PART];
+
+    if (!heads || tiles <= 0)
+        return;
+    spend(s, lane, MK_LAP_ROWS, work[MK_LAP_ROWS].each * ceil_div(heads * (ratio + 2), p->warps),
+          0);
+    for (int i = 0; i < heads; i++) {
+        spend(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries, bytes);
+        spend(s, lane, MK_LAP_PART, part->fixed + part->each * warps, 0);
+    }
+}
+
+/* Merge what the ranks have sent, and multiply by O. */
+static void merge_and_o(const struct sim *s, struct lane *lane)
+{
+    const struct gen_model *m = &s->p->model;
+    const int ranks = (int) min_of(s->p->group, s->pos / s->p->kv_tile + 1);
+
+    if (!lane->cls->heads)
+        return;
+    spend(s, lane, MK_LAP_MERGE, work[MK_LAP_MERGE].fixed + work[MK_LAP_MERGE].each * ranks, 0);
+    columns(s, lane, MK_LAP_O, lane->cls->heads * (m->H / m->K) * m->E / 32);
+}
+
+static void gate_and_up(const struct sim *s, struct lane *lane)
+{
+    rows(s, lane, MK_LAP_MLP, dealt(lane->cls->units * 8, 2, s->p->group, lane->rank));
+}
+
+static void down(const struct sim *s, struct lane *lane)
+{
+    columns(s, lane, MK_LAP_DOWN, lane->cls->units);
+}
+
+/* The blocks of the lane's first group: of its groups that one has the most. */
+static void head(const struct sim *s, struct lane *lane)
+{
+    const int cta = lane->cls->first * s->p->group + lane->rank;
+
+    rows(s, lane, MK_LAP_HEAD, dealt(s->p->phase[GEN_HEAD].blocks, 1, s->p->ctas, cta));
+}
+
+static void embed(const struct sim *s, struct lane *lane)
+{
+    spend(s, lane, MK_LAP_EMBED, work[MK_LAP_EMBED].fixed, 0);
+}
+
+static void each_lane(struct sim *s, void (*stage)(const struct sim *, struct lane *))
+{
+    for (int i = 0; i < s->n; i++)
+        stage(s, &s->lane[i]);
+}
+
+/* As layers() of decode.cu.m4. */
+static void layer(struct sim *s)
+{
+    s->half = ATTENTION;
+    each_lane(s, qkv);
+    hop(s, MK_LAP_QKV_HOP, GROUP, HEADS, HEADS);
+    each_lane(s, attention);
+    hop(s, MK_LAP_PART_HOP, GROUP, HEADS, HEADS);
+    each_lane(s, merge_and_o);
+    hop(s, MK_LAP_O_SUMS, RANK, HEADS, ALL);
+    s->half = MLP;
+    hop(s, MK_LAP_O_X, GROUP, ALL, ALL);
+    each_lane(s, gate_and_up);
+    hop(s, MK_LAP_MLP_HOP, GROUP, UNITS, UNITS);
+    each_lane(s, down);
+    hop(s, MK_LAP_DOWN_SUMS, RANK, UNITS, ALL);
+    hop(s, MK_LAP_DOWN_X, GROUP, ALL, ALL);
+}
+
+static void token(struct sim *s)
+{
+    s->half = MLP; /* the embedding and the head are everybody's, too */
+    for (int i = 0; i < s->n; i++) {
+        s->lane[i].now = 0;
+        memset(s->lane[i].cycles, 0, sizeof s->lane[i].cycles);
+        memset(s->lane[i].waited, 0, sizeof s->lane[i].waited);
+    }
+    each_lane(s, embed);
+    for (int i = 0; i < s->p->model.L; i++)
+        layer(s);
+    each_lane(s, head);
+    hop(s, MK_LAP_NEXT, GRID, ALL, ALL);
+}
+
+/* ---- A prediction ----------------------------------------------------------- */
+
+/* What a CTA's producer brings in a cycle: no more than one CTA takes in, than its chunks in flight
+   allow, and than its share of LEFT, the bytes a cycle that CTAS may read together. */
+static double cta_rate(const struct sim *s, double left, int ctas)
+{
+    const double latency = s->r.latency_ns * s->r.clock_mhz / 1000;
+    const double flying = (double) s->p->inflight * s->p->stage_bytes / latency;
+
+    return min_of(left / ctas, min_of(s->r.cta_bytes, flying));
+}
+
+/* In attention's half groups with heads come first, as the rings of the others are full soon. */
+static void set_rates(struct sim *s, const int ctas[GEN_KINDS])
+{
+    const double gpu = s->r.read_gbps * 1000 / s->r.clock_mhz; /* bytes a cycle */
+    const double all = cta_rate(s, gpu, s->p->ctas);
+    const double heads = cta_rate(s, gpu, ctas[GEN_WITH_HEADS]);
+    const double left = max_of(0, gpu - heads * ctas[GEN_WITH_HEADS]);
+
+    s->rate[MLP][GEN_WITH_HEADS] = s->rate[MLP][GEN_OTHERS] = all;
+    s->rate[ATTENTION][GEN_WITH_HEADS] = heads;
+    s->rate[ATTENTION][GEN_OTHERS] = ctas[GEN_OTHERS] ? cta_rate(s, left, ctas[GEN_OTHERS]) : all;
+}
+
+static void set_lanes(struct sim *s)
+{
+    for (int i = 0; i < s->p->n_classes * s->p->group; i++) {
+        const struct gen_class *c = &s->p->cls[i / s->p->group];
+        s->lane[i] = (struct lane){.cls = c, .rank = i % s->p->group, .ahead = s->ring};
+        s->lane[i].kind = c->heads ? GEN_WITH_HEADS : GEN_OTHERS;
+        s->n++;
+    }
+}
+
+/* The bytes that the token must read, in microseconds at the read bandwidth. */
+static double floor_us(const struct gen_plan *p, int pos, double gbps)
+{
+    const struct gen_model *m = &p->model;
+    const double row = 4.0 * m->L * m->K * m->E;
+
+    return ((double) p->token_bytes + row * (pos + 1)) / (gbps * 1e3);
+}
+
+static void take_means(const struct sim *s, struct gen_prediction *out)
+{
+    for (int i = 0; i < s->n; i++) {
+        const struct lane *l = &s->lane[i];
+        const double part = (double) l->cls->groups / out->ctas[l->kind];
+        for (int stage = 0; stage < MK_LAP_COUNT; stage++) {
+            out->cycles[l->kind][stage] += l->cycles[stage] * part;
+            out->waited[l->kind][stage] += l->waited[stage] * part;
+        }
+    }
+}
+
+void gen_predict(const struct gen_plan *p, int pos, struct gen_prediction *out)
+{
+    struct sim s = {.p = p, .pos = pos, .ring = (double) p->stages * p->stage_bytes};
+
+    memset(out, 0, sizeof *out);
+    s.r = rates_of(&p->gpu, &out->measured);
+    out->from = s.r.gpu;
+    out->clock_mhz = s.r.clock_mhz;
+    out->read_gbps = s.r.read_gbps;
+    for (int i = 0; i < p->n_classes; i++)
+        out->ctas[p->cls[i].heads ? GEN_WITH_HEADS : GEN_OTHERS] += p->cls[i].groups * p->group;
+    set_rates(&s, out->ctas);
+    set_lanes(&s);
+    token(&s); /* leaves the rings as the next one finds them */
+    token(&s);
+    take_means(&s, out);
+    out->token = s.lane[0].now;
+    out->token_us = out->token / s.r.clock_mhz;
+    out->floor_us = floor_us(p, pos, s.r.read_gbps);
+}
+
+/* ---- In text ------------------------------------------------------------------ */
+
+const char *gen_stage_name(int lap)
+{
+#define NAME(stage) #stage,
+    static const char *const names[] = {MK_LAPS(NAME)};
+
+    return names[lap];
+}
+
+int gen_stage_is_layer(int lap)
+{
+    return lap >= MK_LAP_QKV && lap <= MK_LAP_DOWN_X;
+}
+
+/* Up to 3 positions that the KV cache holds. */
+static int positions(const struct gen_plan *p, int pos[3])
+{
+    static const int want[3] = {1, 1024, 4096};
+    int n = 0;
+
+    for (int i = 0; i < 3; i++) {
+        const int at = want[i] < p->context ? want[i] : p->context - 1;
+        if (n == 0 || pos[n - 1] < at)
+            pos[n++] = at;
+    }
+    return n;
+}
+
+static void dump_head(FILE *f, const struct gen_plan *p, const struct gen_prediction *first)
+{
+    fprintf(f, "\n[predicted]\n");
+    if (first->measured)
+        fprintf(f, "# with the constants of %s (gen/predict.c)\n", first->from);
+    else
+        fprintf(f, "# %s: not measured; with cycles of %s, its part of the data sheet's GB/s\n",
+                p->gpu.name, first->from);
+    fprintf(f, "# at %.0f MHz, reading %.0f GB/s; cycles of a layer (EMBED, HEAD, NEXT: a token)\n",
+            first->clock_mhz, first->read_gbps);
+    fprintf(f, "# in CTAs of groups with KV heads, and of others\n");
+}
+
+/* Cycles of STAGE at the positions: of both kinds of CTAs, as far as there are any. */
+static void dump_stage(FILE *f, const struct gen_plan *p, int stage,
+                       const struct gen_prediction *at, int n)
+{
+    const int times = gen_stage_is_layer(stage) ? p->model.L : 1;
+
+    fprintf(f, "%-10s", gen_stage_name(stage));
+    for (int i = 0; i < n; i++) {
+        fprintf(f, " %9.0f", at[i].cycles[GEN_WITH_HEADS][stage] / times);
+        if (at[i].ctas[GEN_OTHERS])
+            fprintf(f, " %9.0f", at[i].cycles[GEN_OTHERS][stage] / times);
+        else
+            fprintf(f, " %9s", "-");
+    }
+    fprintf(f, "\n");
+}
+
+void gen_predict_dump(FILE *f, const struct gen_plan *p)
+{
+    struct gen_prediction at[3];
+    int pos[3], n = positions(p, pos);
+
+    for (int i = 0; i < n; i++)
+        gen_predict(p, pos[i], &at[i]);
+    dump_head(f, p, &at[0]);
+    fprintf(f, "%-10s", "position");
+    for (int i = 0; i < n; i++)
+        fprintf(f, " %9d %9s", pos[i], "others");
+    fprintf(f, "\n");
+    for (int stage = 0; stage < MK_LAP_COUNT; stage++)
+        dump_stage(f, p, stage, at, n);
+    fprintf(f, "%-10s", "us, tok/s");
+    for (int i = 0; i < n; i++)
+        fprintf(f, " %9.1f %9.1f", at[i].token_us, 1e6 / at[i].token_us);
+    fprintf(f, "\n%-10s", "floor, us");
+    for (int i = 0; i < n; i++)
+        fprintf(f, " %9.1f %8.1f%%", at[i].floor_us, 100 * at[i].floor_us / at[i].token_us);
+    fprintf(f, "\n");
+}

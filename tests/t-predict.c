@@ -1,0 +1,263 @@
+/* t-predict.c - properties of predictions, over every carried model on every profile: the stages
+   add up to the token, no token is faster than its bytes can be read, later positions, larger
+   models and worse plans take longer.  And the tokens that the constants were fitted to. */
+#include "config.h"
+
+#include "gen/gen.h"
+#include "tests/check.h"
+
+static struct mk_err err;
+
+static void get(const char *model, const char *gpu, struct gen_model *m, struct gen_gpu *g)
+{
+    CHECKF(gen_model_read(model, m, &err) == 0, "%s", err.text);
+    CHECKF(gen_gpu_read(gpu, g, &err) == 0, "%s", err.text);
+}
+
+static int make(const struct gen_model *m, const struct gen_gpu *g, int context, const char *set,
+                struct gen_plan *out)
+{
+    const char *const list[] = {set, NULL};
+
+    return gen_plan_make(m, g, context, NULL, set ? list : NULL, out, &err);
+}
+
+static double token_us(const struct gen_model *m, const struct gen_gpu *g, int context, int pos,
+                       const char *set)
+{
+    static struct gen_plan p;
+    struct gen_prediction at;
+
+    CHECKF(make(m, g, context, set, &p) == 0, "%s", err.text);
+    gen_predict(&p, pos, &at);
+    return at.token_us;
+}
+
+/* ---- One prediction ------------------------------------------------------------- */
+
+static double sum_of(const struct gen_prediction *at, int kind)
+{
+    double sum = 0;
+
+    for (int i = 0; i < MK_LAP_COUNT; i++)
+        sum += at->cycles[kind][i];
+    return sum;
+}
+
+static int all_stages_fit(const struct gen_prediction *at, int kind)
+{
+    for (int i = 0; i < MK_LAP_COUNT; i++)
+        if (!(at->cycles[kind][i] >= 0 && at->waited[kind][i] >= 0 &&
+              at->waited[kind][i] <= at->cycles[kind][i] && at->cycles[kind][i] < 1e12))
+            return 0;
+    return 1;
+}
+
+static void check_one(const struct gen_plan *p, int pos, const struct gen_prediction *at)
+{
+    CHECK(at->ctas[GEN_WITH_HEADS] > 0);
+    CHECK(at->ctas[GEN_WITH_HEADS] + at->ctas[GEN_OTHERS] == p->ctas);
+    for (int kind = 0; kind < GEN_KINDS; kind++) {
+        const double sum = sum_of(at, kind);
+        CHECKF(all_stages_fit(at, kind), "%s on %s at %d", p->model.name, p->gpu.name, pos);
+        CHECKF(at->ctas[kind] ? fabs(sum / at->token - 1) < 1e-9 : sum == 0,
+               "%s on %s at %d: stages of kind %d add up to %.3f, the token to %.3f", p->model.name,
+               p->gpu.name, pos, kind, sum, at->token);
+    }
+    CHECK(at->token > 0 && fabs(at->token / at->clock_mhz / at->token_us - 1) < 1e-9);
+    CHECK(at->floor_us >= (double) p->token_bytes / at->read_gbps / 1e3);
+    CHECKF(at->token_us >= at->floor_us * (1 - 1e-9),
+           "%s on %s at %d: %.1f us; its bytes take %.1f", p->model.name, p->gpu.name, pos,
+           at->token_us, at->floor_us);
+}
+
+/* Positions from the first to the last, tighter where tiles and groups of them begin. */
+static int next_pos(const struct gen_plan *p, int pos)
+{
+    const int step = pos < 2                             ? 1
+                     : pos < p->kv_tile * (p->group + 1) ? p->kv_tile / 2 + 3
+                                                         : p->context / 3;
+
+    return pos + step < p->context || pos == p->context - 1 ? pos + step : p->context - 1;
+}
+
+/* Bandwidth is shared out for half a layer at once: what takes longer in the half in which a CTA
+   has the larger share may save a little more in the other one. */
+static const double MONOTONE = 0.999;
+
+static void check_plan(const struct gen_plan *p)
+{
+    struct gen_prediction at;
+    double before = 0, head = 0;
+
+    for (int pos = 0; pos < p->context; pos = next_pos(p, pos)) {
+        gen_predict(p, pos, &at);
+        check_one(p, pos, &at);
+        CHECKF(at.token_us >= before * MONOTONE, "%s on %s: %.3f us at %d, %.3f before",
+               p->model.name, p->gpu.name, at.token_us, pos, before);
+        before = fmax(before, at.token_us);
+        head = at.cycles[GEN_WITH_HEADS][MK_LAP_HEAD];
+    }
+    CHECK(head > 0);
+}
+
+static void test_all(void)
+{
+    static const char *const sets[] = {NULL,      "cluster=l2",       "inflight=1", "balance=0",
+                                       "group=4", "chunk_bytes=8192", "warps=5"};
+    enum { SETS = sizeof sets / sizeof *sets };
+    static struct gen_plan p;
+    struct gen_model m;
+    struct gen_gpu g;
+    int made = 0;
+
+    for (int i = 0; gen_model_carried(i); i++)
+        for (int j = 0; gen_gpu_profile(j); j++) {
+            const char *set = sets[(i + j) % SETS];
+            get(gen_model_carried(i), gen_gpu_profile(j), &m, &g);
+            if (make(&m, &g, 0, set, &p) == 0) { /* not every choice fits every GPU */
+                made++;
+                check_plan(&p);
+            }
+        }
+    CHECKF(made > 100, "%d plans", made);
+}
+
+/* ---- Comparisons ------------------------------------------------------------------ */
+
+static void test_larger(void)
+{
+    struct gen_model m, larger;
+    struct gen_gpu g;
+    double small;
+
+    get("qwen3-0.6b", "h200", &m, &g);
+    small = token_us(&m, &g, 4096, 1, NULL);
+    larger = m, larger.L *= 2;
+    CHECK(token_us(&larger, &g, 4096, 1, NULL) > small * 1.5);
+    larger = m, larger.D *= 2;
+    CHECK(token_us(&larger, &g, 4096, 1, NULL) > small * 1.1);
+    larger = m, larger.F *= 2;
+    CHECK(token_us(&larger, &g, 4096, 1, NULL) > small);
+    larger = m, larger.V *= 2;
+    CHECK(token_us(&larger, &g, 4096, 1, NULL) > small * 1.1);
+    larger = m, larger.H *= 2, larger.K *= 2, larger.F *= 2, larger.V *= 2, larger.D *= 2;
+    larger.L *= 2;
+    CHECK(token_us(&larger, &g, 4096, 1, NULL) > small * 4);
+    CHECK(token_us(&m, &g, 4096, 4000, NULL) > small * 1.1);
+}
+
+static void test_worse(void)
+{
+    struct gen_model m;
+    struct gen_gpu g;
+    double best;
+
+    get("qwen3-0.6b", "h200", &m, &g);
+    CHECK(token_us(&m, &g, 4096, 128, "cluster=l2") > token_us(&m, &g, 4096, 128, NULL));
+    get("llama-3.2-1b", "h200", &m, &g);
+    best = token_us(&m, &g, 4096, 128, NULL);
+    CHECK(token_us(&m, &g, 4096, 128, "ctas=64") > best * 1.2);
+    CHECK(token_us(&m, &g, 4096, 128, "stages=2") >= best);
+    CHECK(token_us(&m, &g, 4096, 128, "inflight=1") > best);
+    g.clusters[3]--; /* a part of the product that holds one fewer */
+    CHECK(token_us(&m, &g, 4096, 128, NULL) > best);
+}
+
+/* Tiles are dealt to the ranks in turn: at position 0 one rank of a group attends, and each of them
+   to one tile at the last position of as many tiles. */
+static void test_tiles(void)
+{
+    static struct gen_plan p;
+    struct gen_prediction first, all;
+    struct gen_model m;
+    struct gen_gpu g;
+    double one;
+
+    get("qwen3-0.6b", "h200", &m, &g);
+    CHECKF(make(&m, &g, 0, NULL, &p) == 0, "%s", err.text);
+    gen_predict(&p, 0, &first);
+    gen_predict(&p, p.kv_tile * p.group - 1, &all);
+    one = first.cycles[GEN_WITH_HEADS][MK_LAP_ATTN];
+    CHECK(one > 0 && fabs(all.cycles[GEN_WITH_HEADS][MK_LAP_ATTN] / (one * p.group) - 1) < 1e-9);
+    CHECK(first.cycles[GEN_OTHERS][MK_LAP_ATTN] == 0);
+}
+
+/* ---- Constants ---------------------------------------------------------------------- */
+
+static void check_gpu(const char *name, const struct gen_gpu *gpu, int measured, double gbps)
+{
+    static struct gen_plan p;
+    struct gen_prediction at;
+    struct gen_gpu g = *gpu;
+    struct gen_model m;
+    char *dump;
+
+    CHECK(gen_model_read("qwen3-0.6b", &m, &err) == 0);
+    snprintf(g.name, sizeof g.name, "%s", name);
+    CHECKF(make(&m, &g, 0, NULL, &p) == 0, "%s", err.text);
+    gen_predict(&p, 1, &at);
+    CHECKF(at.measured == measured && fabs(at.read_gbps - gbps) < 1, "%s: %d, %.1f GB/s", name,
+           at.measured, at.read_gbps);
+    CHECK_STR(at.from, "h200");
+    dump = gen_plan_dump(&p);
+    CHECK(dump && strstr(dump, "\n[predicted]\n"));
+    CHECKF(dump && (strstr(dump, ": not measured; ") == NULL) == measured, "%s", name);
+    free(dump);
+}
+
+static void test_gpus(void)
+{
+    struct gen_gpu g;
+
+    CHECK(gen_gpu_read("h200", &g, &err) == 0);
+    check_gpu("h200", &g, 1, 4510);
+    check_gpu("nvidia-h200", &g, 1, 4510); /* as a device says */
+    check_gpu("nvidia-h200-nvl", &g, 0, 4510);
+    g.mem_gbps = g.clock_mhz = 0; /* not known */
+    check_gpu("nvidia-h201", &g, 0, 4510);
+    CHECK(gen_gpu_read("l4", &g, &err) == 0);
+    check_gpu("l4", &g, 0, 300 * 4510 / 4800.0);
+    CHECK(gen_gpu_host(90, &g) == 0);
+    check_gpu(g.name, &g, 0, 4510);
+}
+
+/* Tokens of mkbench --random-weights on the H200 (README.md, NOTEBOOK.md), at the position in the
+   middle of a run.  The constants were fitted to these: what is shown is that one set of them does
+   for all, and still does.  A change of the kernel that makes these wrong asks for new constants in
+   gen/predict.c, and for new figures here. */
+static void test_measured(void)
+{
+    static const struct {
+        const char *model;
+        int context, pos;
+        double us;
+    } rows[] = {
+        {"qwen3-0.6b", 33000, 65, 460},     {"qwen3-0.6b", 33000, 264, 468},
+        {"qwen3-0.6b", 33000, 1088, 489},   {"qwen3-0.6b", 33000, 3964, 631},
+        {"qwen3-0.6b", 33000, 32064, 2136}, {"llama-3.2-1b", 4096, 160, 787},
+        {"qwen3-8b", 4096, 160, 5263},      {"smollm2-135m", 4096, 160, 372},
+    };
+    struct gen_model m;
+    struct gen_gpu g;
+
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        double us;
+        get(rows[i].model, "h200", &m, &g);
+        us = token_us(&m, &g, rows[i].context, rows[i].pos, NULL);
+        printf("%-14s at %5d: %6.0f us predicted, %6.0f measured, %+.1f %%\n", rows[i].model,
+               rows[i].pos, us, rows[i].us, 100 * (rows[i].us / us - 1));
+        CHECKF(fabs(rows[i].us / us - 1) < 0.15, "%s at %d", rows[i].model, rows[i].pos);
+    }
+}
+
+int main(void)
+{
+    test_all();
+    test_larger();
+    test_worse();
+    test_tiles();
+    test_gpus();
+    test_measured();
+    return check_done();
+}
