@@ -123,7 +123,7 @@ static int open_all(struct rt_bench *b, const char *where, int context, struct m
 {
     const struct rt_engine_options options = {
         b->options.cubin_path, b->options.plan_file, b->options.set, tell_progress, tell_warning, b,
-        "gpu",
+        b->options.device ? b->options.device : "gpu",
     };
     int rc = gen_model_read(where, &b->model, err);
 
@@ -818,4 +818,114 @@ int rt_bench_check_decode(struct rt_bench *b, struct rt_bench_verdict *out, stru
 int rt_bench_check_prefill(struct rt_bench *b, struct rt_bench_verdict *out, struct mk_err *err)
 {
     return check_run(b, RAN_PREFILL, out, err);
+}
+
+/* ---- Checks: against another kernel ------------------------------------------------ */
+
+/* Run the N steps of the last decode again, on the tokens that CHOSEN says; what is chosen then goes to
+   AGAIN. */
+static int run_again(struct rt_bench *b, const int32_t *chosen, int32_t *again, float *logits,
+                     struct mk_err *err)
+{
+    const struct ran *ran = &b->ran;
+    int32_t *input = malloc((size_t)ran->n * sizeof *input);
+    struct taker t = {.b = b, .to = again, .n = ran->n};
+    int rc;
+
+    if (!input)
+        return gen_fail(err, MK_ENOMEM, "no memory for %d tokens", ran->n);
+    input[0] = ran->input[0];
+    memcpy(input + 1, chosen, (size_t)(ran->n - 1) * sizeof *input);
+    rc = decode(&t, input[0], ran->pos, input, logits, err);
+    free(input);
+    return rc;
+}
+
+int rt_bench_output(struct rt_bench *b, struct rt_bench_output *out, struct mk_err *err)
+{
+    const struct ran *ran = &b->ran;
+    int32_t *again;
+    int rc;
+
+    if (ran->kind != RAN_DECODE || out->n != ran->n)
+        return gen_fail(err, MK_EINVAL, "there is no decode of %d tokens", out->n);
+    again = malloc((size_t)ran->n * sizeof *again);
+    if (!again)
+        return gen_fail(err, MK_ENOMEM, "no memory for %d tokens", ran->n);
+    out->pos = ran->pos;
+    memcpy(out->chosen, ran->chosen, (size_t)ran->n * sizeof *out->chosen);
+    rc = run_again(b, out->chosen, again, out->logits, err);
+    free(again);
+    return rc;
+}
+
+/* Where the timed run first chose otherwise than WANT, and how far below WANT's choice that is. */
+static void compare_choices(struct tally *t, const struct ran *ran, const struct rt_bench_output *want,
+                            int V)
+{
+    int i = 0;
+    float gap;
+
+    while (i < ran->n && ran->chosen[i] == want->chosen[i])
+        i++;
+    if (i == ran->n)
+        return;
+    gap = want->logits[(size_t)i * (size_t)V + (size_t)want->chosen[i]] -
+          want->logits[(size_t)i * (size_t)V + (size_t)ran->chosen[i]];
+    if (!(gap <= t->gap)) {
+        t->gap = isnan(gap) ? INFINITY : gap;
+        t->gap_step = i;
+        t->gap_choice = want->chosen[i];
+    }
+}
+
+static void judge_output(const struct rt_bench *b, const struct tally *t, struct rt_bench_verdict *v)
+{
+    const int pos = b->ran.pos;
+
+    v->checked = t->steps;
+    v->max_error = t->error;
+    v->tolerance = allowed(b) * t->scale;
+    if (!(t->error <= v->tolerance && v->tolerance < INFINITY))
+        wrong(v, "a logit at position %d is %.3g from the other kernel's; %.3g is allowed",
+              pos + t->error_step, (double)t->error, (double)v->tolerance);
+    else if (!(t->gap <= v->tolerance))
+        wrong(v, "the token chosen at position %d has a logit in the other kernel %.3g below that of "
+              "%d; %.3g is allowed", pos + t->gap_step, (double)t->gap, t->gap_choice,
+              (double)v->tolerance);
+    else
+        snprintf(v->text, sizeof v->text, "logits within %.3g of the other kernel's (%.3g allowed)",
+                 (double)t->error, (double)v->tolerance);
+}
+
+int rt_bench_check_output(struct rt_bench *b, const struct rt_bench_output *want,
+                          struct rt_bench_verdict *out, struct mk_err *err)
+{
+    const struct ran *ran = &b->ran;
+    const size_t n = (size_t)ran->n, V = (size_t)b->model.V;
+    struct tally tally = {0};
+    int32_t *again = NULL;
+    float *logits = NULL;
+    int rc;
+
+    memset(out, 0, sizeof *out);
+    if (ran->kind != RAN_DECODE || want->n != ran->n || want->pos != ran->pos)
+        return gen_fail(err, MK_EINVAL, "there is no decode of %d tokens at position %d", want->n,
+                        want->pos);
+    out->correct = 1;
+    if (!look_at_tokens(b, out))
+        return 0;
+    again = malloc(n * sizeof *again);
+    logits = malloc(n * V * sizeof *logits);
+    rc = again && logits ? run_again(b, want->chosen, again, logits, err)
+                         : gen_fail(err, MK_ENOMEM, "no memory for the logits of %zu tokens", n);
+    for (size_t i = 0; rc == 0 && i < n; i++)
+        compare_logits(&tally, (int)i, again[i], logits + i * V, want->logits + i * V, (int)V);
+    if (rc == 0) {
+        compare_choices(&tally, ran, want, (int)V);
+        judge_output(b, &tally, out);
+    }
+    free(again);
+    free(logits);
+    return rc;
 }

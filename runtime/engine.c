@@ -389,11 +389,29 @@ static int make_buffers(struct rt_session *s, struct mk_err *err)
 
 /* ---- Sessions ------------------------------------------------------------ */
 
-static int choose_kernel(struct rt_session *s, int context, struct mk_err *err)
+static int choose_plan(struct rt_session *s, int context, struct mk_err *err)
 {
     struct rt_engine *e = s->engine;
-    int rc = gen_plan_make(e->model, &e->gpu, context, e->options.plan_file, e->options.set,
-                           &s->plan, err);
+    struct gen_plan_source *source = malloc(sizeof *source);
+    char text[4096];
+    int rc;
+
+    if (!source)
+        return gen_fail(err, MK_ENOMEM, "no memory for a plan");
+    rc = gen_plan_choose(e->model, &e->gpu, context, e->options.plan_file, e->options.set, &s->plan,
+                         source, err);
+    if (source->refused.code && e->options.warn) {
+        snprintf(text, sizeof text, "the plan carried for %s on %s is not used: %.3000s",
+                 e->model->name, e->gpu.name, source->refused.text);
+        e->options.warn(e->options.user, text);
+    }
+    free(source);
+    return rc;
+}
+
+static int choose_kernel(struct rt_session *s, int context, struct mk_err *err)
+{
+    int rc = choose_plan(s, context, err);
 
     if (rc == 0)
         rc = check_memory(s, err);
