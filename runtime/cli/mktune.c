@@ -362,7 +362,10 @@ static int try_candidate(struct search *s, const char *const *set, const char *n
         print_row(s, name, r, ratio(s, r, &s->base) - 1, rc ? "better" : "better, but not twice");
         return rc;
     }
-    snprintf(remark, sizeof(remark), "%s%s", ends[r->end], r->end == RT_TUNE_SLOW ? "" : r->text);
+    if (r->end == RT_TUNE_RIGHT)
+        snprintf(remark, sizeof(remark), "%s", ratio(s, r, &s->best) < 1 ? "within the noise" : "");
+    else
+        snprintf(remark, sizeof(remark), "%s%s", ends[r->end], r->end == RT_TUNE_SLOW ? "" : r->text);
     print_row(s, name, r, r->end == RT_TUNE_RIGHT ? ratio(s, r, &s->base) - 1 : 0, remark);
     return 0;
 }
