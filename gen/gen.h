@@ -31,7 +31,7 @@ struct gen_plan_source {
 };
 
 /* gen_plan_make with the carried plan file when the caller chooses nothing: PLAN_FILE is NULL, SET
-   NULL or empty.  PLAN_FILE "none": no file, not even a carried one.
+   NULL, empty or timing alone.  PLAN_FILE "none": no file, not even a carried one.
    Returns as gen_plan_make; *SOURCE is filled in either case. */
 int gen_plan_choose(const struct gen_model *m, const struct gen_gpu *g, int context,
                     const char *plan_file, const char *const *set, struct gen_plan *out,

@@ -35,6 +35,7 @@ struct mapped {
 struct rt_session {
     struct rt_engine *engine;
     struct gen_plan plan;
+    char plan_file[GEN_PATH]; /* "": the plan's own choices, or those of options.set */
     rt_module module;
     rt_func decode, prefill;
     rt_event launched; /* recorded behind every decode launch: sessions share a stream */
@@ -407,6 +408,7 @@ static int choose_plan(struct rt_session *s, int context, struct mk_err *err)
         e->options.warn(e->options.user, text);
         e->told_refused = 1;
     }
+    strcpy(s->plan_file, source->file);
     free(source);
     return rc;
 }
@@ -511,6 +513,11 @@ void rt_session_free(struct rt_session *s)
 const struct gen_plan *rt_session_plan(const struct rt_session *s)
 {
     return &s->plan;
+}
+
+const char *rt_session_plan_file(const struct rt_session *s)
+{
+    return s->plan_file;
 }
 
 int rt_session_kernel_from(const struct rt_session *s)
