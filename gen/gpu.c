@@ -153,11 +153,11 @@ int gen_gpu_part(const struct gen_gpu *g, int i, struct gen_gpu *out)
     for (int k = 1; k < 5; k++) {
         int most, fewest;
 
-        if (!g->clusters[k])
-            continue;
         part_clusters(g->sms, 1 << k, &most, &fewest);
         if (g->arch != 90 || g->host)
             most = fewest = g->clusters[k];
+        if (!most)
+            continue;
         parts = parts > most - fewest + 1 ? parts : most - fewest + 1;
         out->clusters[k] = most - i > fewest ? most - i : fewest;
     }

@@ -76,7 +76,8 @@ static void tell_warning(void *user, const char *text)
 }
 
 /* The weights beside the config.json that gen_model_read found for WHERE. */
-static int open_checkpoint(struct rt_bench *b, const char *where, struct mk_err *err)
+static int open_checkpoint(const char *where, const struct gen_model *m, struct rt_weights **out,
+                           struct mk_err *err)
 {
     const char *slash = strrchr(where, '/');
     const char *folder = where;
@@ -92,16 +93,23 @@ static int open_checkpoint(struct rt_bench *b, const char *where, struct mk_err 
     }
     if (!folder)
         return gen_fail(err, MK_ENOENT, "%.500s: no folder with weights", where);
-    rc = rt_weights_open(folder, &b->model, &b->weights, err);
+    rc = rt_weights_open(folder, m, out, err);
     free(parent);
     return rc;
 }
 
-static int open_weights(struct rt_bench *b, const char *where, struct mk_err *err)
+int rt_bench_weights(const char *where, const struct gen_model *m,
+                     const struct rt_bench_options *options, struct rt_weights **out,
+                     struct mk_err *err)
 {
-    if (b->options.random_weights)
-        return rt_weights_random(&b->model, b->options.seed, &b->weights, err);
-    return open_checkpoint(b, where, err);
+    int rc;
+
+    *out = NULL;
+    if (options->random_weights)
+        return rt_weights_random(m, options->seed, out, err);
+    rc = open_checkpoint(where, m, out, err);
+    return rc != MK_ENOENT ? rc
+           : gen_fail_in(err, rc, "no checkpoint (--random-weights makes one)");
 }
 
 static int make_tokens(struct rt_bench *b, struct mk_err *err)
@@ -132,7 +140,7 @@ static int open_all(struct rt_bench *b, const char *where, int context, struct m
     if (context < 1 || context > b->model.max_context)
         return gen_fail(err, MK_EINVAL, "a context of %d tokens; %s can have 1 to %d", context,
                         b->model.name, b->model.max_context);
-    rc = open_weights(b, where, err);
+    rc = rt_bench_weights(where, &b->model, &b->options, &b->weights, err);
     if (rc == 0)
         rc = rt_engine_open(&b->model, b->weights, &options, &b->engine, err);
     if (rc == 0)

@@ -10,6 +10,7 @@
 #define RT_BENCH_H
 #include "gen/model.h"
 #include "runtime/mk.h"
+#include "runtime/weights.h"
 
 struct rt_bench;
 
@@ -24,6 +25,12 @@ struct rt_bench_options {
     mk_warn_fn *warn;           /* or NULL */
     void *user;
 };
+
+/* The weights of model M, read from WHERE: made ones, or those of the folder.
+   Returns as rt_weights_open and rt_weights_random. */
+int rt_bench_weights(const char *where, const struct gen_model *m,
+                     const struct rt_bench_options *options, struct rt_weights **out,
+                     struct mk_err *err);
 
 /* Open the model WHERE (as gen_model_read; a folder with weights unless they are made) on
    the device, load the weights and get the kernel, for CONTEXT tokens.

@@ -205,9 +205,16 @@ static int do_work(struct rt_tune *t, work_fn *work, int n, int jobs, double dea
 static void ask(struct rt_tune *t, int i)
 {
     struct shared *s = t->shared;
+    struct rt_weights *w;
+    struct gen_model m;
     struct rt_device *d;
 
     (void)i;
+    s->rc = gen_model_read(t->options.where, &m, &s->err);
+    if (s->rc == 0)
+        s->rc = rt_bench_weights(t->options.where, &m, &t->options.bench, &w, &s->err);
+    if (s->rc)
+        return;
     s->rc = rt_device_open(t->options.bench.device ? t->options.bench.device : "gpu", 0, &d, &s->err);
     if (s->rc)
         return;

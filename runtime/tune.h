@@ -33,7 +33,7 @@ struct rt_tune_device {
     int driver;                 /* 13000 for CUDA 13.0 */
 };
 
-/* Ask the device.  Returns 0 or as rt_device_open. */
+/* Ask the device, and see if there are weights.  Returns 0 or as rt_bench_weights and rt_device_open. */
 int rt_tune_ask(struct rt_tune *t, struct rt_tune_device *out, struct mk_err *err);
 
 /* Bring the kernels of N <= RT_TUNE_PLANS plans into the cache, JOBS at a time, until DEADLINE

@@ -250,6 +250,8 @@ static void test_parts(void)
     }
     CHECK(gen_gpu_part(&g, 4, &part) == 0 && !part.clusters[1] && !part.clusters[3]);
     CHECK(gen_gpu_part(&g, 5, &part) == -1);
+    CHECK(gen_gpu_read("h100", &g, &err) == 0 && gen_gpu_part(&g, 1, &part) == 0 &&
+          part.clusters[3] == 15);
     CHECK(gen_gpu_host(90, &g) == 0 && gen_gpu_part(&g, 0, &part) == 0 &&
           part.clusters[2] == g.clusters[2]);
     CHECK(gen_gpu_part(&g, 1, &part) == 0 && !part.clusters[2] && gen_gpu_part(&g, 2, &part) == -1);

@@ -100,11 +100,15 @@ tune 2 -k nonsense=1
 has "^mktune: --knob: 'nonsense' is no plan choice (mkgen --list-keys)" err
 tune 2 -k epoch0
 has "^mktune: --knob: epoch0 needs values, like epoch0=A,B" err
+tune 2 -k "stages=2$(printf ',%.0s' 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 \
+    26 27 28 29 30 31 32)"
+has '^mktune: --knob: stages has more than 32 values' err
 tune 1 --set stages=1000
 has '^mktune: --set: stages is "1000"' err
 status=1
 message='97 tokens of context are needed for these positions'; says "$toy" -r -p 93 -n 4
 message='none/x.plan: No such file or directory'; says "$toy" -r -o none/x.plan
+message='no checkpoint (--random-weights makes one): '; says "$toy" -d host -o x.plan
 mkdir folder
 message='folder: Is a directory'; says "$toy" -r -o folder
 message='^mktune: '

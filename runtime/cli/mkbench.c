@@ -435,8 +435,6 @@ static int run(struct options *o)
     if (o->json && cli_file_open(&json, o->json))
         return CLI_FAILED;
     rc = rt_bench_open(o->where, o->context, &o->bench, &b, &err);
-    if (rc == MK_ENOENT && !o->bench.random_weights)
-        gen_fail_in(&err, rc, "no checkpoint (--random-weights makes one)");
     if (rc) {
         cli_file_drop(&json);
         return cli_error(&err);

@@ -393,13 +393,13 @@ static int list_values(const struct search *s, int k, char (*text)[64])
 }
 
 /* Plans that differ from the best in knob K and were not tried: their choices to TEXT, themselves to
-   PLANS, of which there is room for MAX_VALUES.  Returns how many. */
-static int list_candidates(struct search *s, int k, char (*text)[64], struct gen_plan *plans)
+   PLANS, of which there is room for ROOM <= MAX_VALUES.  Returns how many. */
+static int list_candidates(struct search *s, int k, char (*text)[64], struct gen_plan *plans, int room)
 {
     const int values = list_values(s, k, text);
     int n = 0;
 
-    for (int i = 0; i < values; i++) {
+    for (int i = 0; i < values && n < room; i++) {
         const char **set = make_set(s, k, text[i]);
         struct mk_err ignored;
 
@@ -419,6 +419,19 @@ static void compile(struct search *s, const struct gen_plan *plans, int n, doubl
     rt_tune_compile(s->t, list, n, s->o->jobs, deadline);
 }
 
+/* Compile the N candidates of knob K, in PLANS, and where jobs are left those of the next knobs,
+   which are not tried yet and will be wanted unless this one improves something. */
+static void compile_ahead(struct search *s, int k, struct gen_plan *plans, int n)
+{
+    const int tried = s->n_tried, room = s->o->jobs < MAX_VALUES ? s->o->jobs : MAX_VALUES;
+    char text[MAX_VALUES][64];
+
+    for (int next = k + 1; n && next < s->n_knobs && n < room; next++)
+        n += list_candidates(s, next, text, plans + n, room - n);
+    s->n_tried = tried;
+    compile(s, plans, n, s->end);
+}
+
 /* Try every value of knob K; *IMPROVED: one was better. */
 static int search_knob(struct search *s, int k, int *improved, struct mk_err *err)
 {
@@ -428,8 +441,8 @@ static int search_knob(struct search *s, int k, int *improved, struct mk_err *er
 
     if (!plans)
         return gen_fail(err, MK_ENOMEM, "not enough memory");
-    n = list_candidates(s, k, text, plans);
-    compile(s, plans, n, s->end);
+    n = list_candidates(s, k, text, plans, MAX_VALUES);
+    compile_ahead(s, k, plans, n);
     for (int i = 0; rc >= 0 && i < n && rt_tune_now() < s->end; i++) {
         const char **set = make_set(s, k, text[i]);
         struct rt_tune_result r;
@@ -479,7 +492,7 @@ static int add_knob(struct search *s, const char *key, const char *values)
 static int add_asked_knob(struct search *s, const char *item)
 {
     char *key = s->knob_text[s->n_knobs], *values, found[64];
-    int i = 0;
+    int i = 0, n = 1;
 
     if (snprintf(key, sizeof(s->knob_text[0]), "%s", item) >= (int) sizeof(s->knob_text[0]))
         return cli_usage("--knob: '%.40s...' is too long", item);
@@ -491,6 +504,10 @@ static int add_asked_knob(struct search *s, const char *item)
     choice(&s->plan, key, found, sizeof(found));
     if (!*found)
         return cli_usage("--knob: '%s' is no plan choice (mkgen --list-keys)", key);
+    for (const char *c = values; c && *c; c++)
+        n += *c == ',';
+    if (n > MAX_VALUES)
+        return cli_usage("--knob: %s has more than %d values", key, MAX_VALUES);
     if (!values && i == N_KNOBS)
         return cli_usage("--knob: %s needs values, like %s=A,B", key, key);
     return add_knob(s, key, values ? values : all_knobs[i].values);
