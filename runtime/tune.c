@@ -21,8 +21,6 @@
 #include "runtime/tune.h"
 
 enum { TICK_MS = 100, MAX_RUNS = 1000 };
-/* A first short run this much slower than the best is enough. */
-static const double TOO_SLOW = 1.05;
 
 /* What all processes see.  Behind it the tokens and logits of the reference, of each position. */
 struct shared {
@@ -312,7 +310,7 @@ static int try_position(struct rt_tune *t, struct rt_bench *b, int i, struct rt_
     if (rc)
         return rc;
     r->ms[i] = (double)(ms[0] < ms[1] ? ms[0] : ms[1]);
-    if (t->best && r->ms[i] > TOO_SLOW * t->best->ms[i]) {
+    if (t->best && r->ms[i] > (1 + 0.01 * o->drop_percent) * t->best->ms[i]) {
         r->end = RT_TUNE_SLOW;
         snprintf(r->text, sizeof r->text, "a first run at position %d takes %.4g ms a token, the best "
                  "plan %.4g", o->pos[i], r->ms[i], t->best->ms[i]);

@@ -14,6 +14,7 @@ struct rt_tune_options {
     int pos[RT_TUNE_POSITIONS]; /* where decode is timed */
     int n_pos;
     int tokens, runs;           /* of a timed run; timed runs */
+    int drop_percent;           /* give up a plan whose first runs are this much slower than the best's */
     struct rt_bench_options bench; /* its plan choices and progress are not looked at */
     void (*tick)(void *user);   /* called about every 100 ms while a process works, or NULL */
     void *user;
@@ -64,7 +65,7 @@ enum rt_tune_check {
 };
 
 /* Time and check the plan with choices SET (as in mk_options, over the plan's own), until DEADLINE.
-   BEST: give up where the better of two runs takes over 5 % longer than this one took; or NULL.
+   BEST: give up where the better of two runs takes drop_percent longer than this one took; or NULL.
    Returns 0 with *OUT filled, MK_ENOMEM or MK_EIO (no process could be made). */
 int rt_tune_run(struct rt_tune *t, const char *const *set, enum rt_tune_check check,
                 const struct rt_tune_result *best, double deadline, struct rt_tune_result *out,

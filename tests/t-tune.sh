@@ -36,15 +36,25 @@ tune()
 has() { grep -q -e "$1" "$2" || fail "no '$1' in $2: $(cat "$2")"; }
 says() { "$bin/mktune" "$@" >out 2>err </dev/null; [ $? = "$status" ] && has "$message" err; }
 
-# ---- A search ----
+# ---- Candidates that are no good ----
 
-# A CTA alone is what the emulation is fastest with, by far.
-tune 0 --budget 300 -k fault=none,hang -k dtype=fp16 -k stages=1000,4 -k ctas=1 -o best.plan
+# How fast the emulation is depends on what else the machine does: nothing is dropped for that.
+tune 0 --drop 1000000 -k fault=none,hang -k dtype=fp16 -k stages=1000,4 -o some.plan
 has '^default  *[0-9.]*  *[0-9.]*  *+0\.0 %' out
 has '^fault=hang .* failed: the kernel of tiny-llama made no progress' out
 has '^dtype=fp16 .* WRONG: a logit at position' out
-has '^stages=4 ' out
+has '^stages=4  *[0-9.]*  *[0-9.]* ' out
 if grep -q 'stages=1000' out; then fail "a plan that is refused was measured"; fi
+if grep -q -e '^fault' -e '^dtype' some.plan; then fail "a bad choice was taken: $(cat some.plan)"; fi
+has '^# candidates: [3-9] measured, .* [1-9] wrong, [1-9] failed$' some.plan
+
+# ---- One that is ----
+
+# A CTA alone is what the emulation is fastest with, by far; but its times are noisy.
+for try in 1 2 3 4 5 6; do
+    tune 0 --runs 5 -k ctas=1 -o best.plan
+    if grep -q '^ctas = 1$' best.plan; then break; fi
+done
 has '^ctas=1 .* better$' out
 has '^best, again ' out
 has '^mktune: found a better plan after [0-9]* s; wrote best.plan$' err
@@ -58,7 +68,6 @@ done
 has '^\[choices\]$' best.plan
 has '^ctas = 1$' best.plan
 has '^unroll_layers = list$' best.plan
-if grep -q -e '^fault' -e '^dtype' best.plan; then fail "a bad choice was taken: $(cat best.plan)"; fi
 
 # ---- The file ----
 

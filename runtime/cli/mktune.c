@@ -35,6 +35,8 @@ static const char help[] =
     "      --runs N          timed runs of a candidate at a position (default 7)\n"
     "  -c, --context N       tokens that the KV cache holds (default: what is needed, at\n"
     "                        least 4096 or the model's maximum)\n"
+    "      --drop PERCENT    give up a candidate whose first runs are this much slower than\n"
+    "                        the best plan (default 5)\n"
     "      --jobs N          kernels compiled at once (default: one per core)\n"
     "      --seed N          of made weights and of prompts (default 1)\n"
     "      --list-knobs      what is searched, and exit\n"
@@ -95,7 +97,7 @@ struct search {
 
 /* ---- Arguments ---- */
 
-enum { OPT_RUNS = 256, OPT_JOBS, OPT_SEED, OPT_KNOBS, OPT_HELP, OPT_VERSION };
+enum { OPT_RUNS = 256, OPT_DROP, OPT_JOBS, OPT_SEED, OPT_KNOBS, OPT_HELP, OPT_VERSION };
 
 static const struct option longs[] = {
     { "random-weights", no_argument, NULL, 'r' },   { "device", required_argument, NULL, 'd' },
@@ -103,6 +105,7 @@ static const struct option longs[] = {
     { "out", required_argument, NULL, 'o' },        { "knob", required_argument, NULL, 'k' },
     { "set", required_argument, NULL, 's' },        { "tokens", required_argument, NULL, 'n' },
     { "runs", required_argument, NULL, OPT_RUNS },  { "context", required_argument, NULL, 'c' },
+    { "drop", required_argument, NULL, OPT_DROP },
     { "jobs", required_argument, NULL, OPT_JOBS },  { "seed", required_argument, NULL, OPT_SEED },
     { "list-knobs", no_argument, NULL, OPT_KNOBS }, { "help", no_argument, NULL, OPT_HELP },
     { "version", no_argument, NULL, OPT_VERSION },  { NULL, 0, NULL, 0 }
@@ -159,6 +162,7 @@ static int parse(int argc, char **argv, struct options *o)
         case 'n': rc = cli_int("--tokens", optarg, 1, 1024, &t->tokens); break;
         case 'c': rc = cli_int("--context", optarg, 1, MAX_CONTEXT, &t->context); break;
         case OPT_RUNS: rc = cli_int("--runs", optarg, 1, 1000, &t->runs); break;
+        case OPT_DROP: rc = cli_int("--drop", optarg, 0, 1000000, &t->drop_percent); break;
         case OPT_JOBS: rc = cli_int("--jobs", optarg, 1, 1024, &o->jobs); break;
         case OPT_SEED: rc = cli_u64("--seed", optarg, &t->bench.seed); break;
         case OPT_KNOBS: list_knobs(); return -1;
@@ -749,7 +753,8 @@ int main(int argc, char **argv)
 {
     struct options o = {
         .n_pos = -1, .budget = 600, .jobs = (int) sysconf(_SC_NPROCESSORS_ONLN),
-        .tune = { .tokens = 64, .runs = 7, .bench = { .seed = 1, .warn = cli_warn } },
+        .tune = { .tokens = 64, .runs = 7, .drop_percent = 5,
+                  .bench = { .seed = 1, .warn = cli_warn } },
     };
     char **argv_copy = NULL;
     int rc;
