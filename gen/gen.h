@@ -18,6 +18,26 @@ int gen_plan_make(const struct gen_model *m, const struct gen_gpu *g, int contex
                   const char *plan_file, const char *const *set,
                   struct gen_plan *out, struct mk_err *err);
 
+/* Plan files that were measured lie beside the carried models: models/NAME/GPU.plan, where GPU is
+   the GPU's name without "nvidia-" (gen_plan_file_name: "h200.plan", for the driver's NVIDIA H200 and
+   for the profile).  gen_plan_carried looks in every place of carried models for the file of a
+   model of M's shape, whatever its name: 1 and its path in OUT, or 0. */
+void gen_plan_file_name(const struct gen_gpu *g, char *out, size_t size);
+int gen_plan_carried(const struct gen_model *m, const struct gen_gpu *g, char *out, size_t size);
+
+enum { GEN_PATH = 4352 };
+struct gen_plan_source {
+    char file[GEN_PATH];        /* the choices are from this file; "": from none */
+    struct mk_err refused;      /* code not 0: a carried file does not fit, and is not used */
+};
+
+/* gen_plan_make with the carried plan file when the caller chooses nothing: PLAN_FILE is NULL, SET
+   NULL, empty or timing alone.  PLAN_FILE "none": no file, not even a carried one.
+   Returns as gen_plan_make; *SOURCE is filled in either case. */
+int gen_plan_choose(const struct gen_model *m, const struct gen_gpu *g, int context,
+                    const char *plan_file, const char *const *set, struct gen_plan *out,
+                    struct gen_plan_source *source, struct mk_err *err);
+
 /* Prove that decode can neither deadlock nor overwrite words of a hop that are still read, and
    that hops, chunks and ring fit; gen_plan_make does it to every plan.
    Returns 0, MK_EINVAL (names hop, stage and CTAs), MK_ENOMEM. */

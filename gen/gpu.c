@@ -132,6 +132,40 @@ int gen_gpu_host(int arch, struct gen_gpu *out)
     return 0;
 }
 
+/* Clusters of SIZE that the parts of a product with SMS SMs hold: most and fewest. */
+static void part_clusters(int sms, int size, int *most, int *fewest)
+{
+    enum { GPC = 18 };
+    const int gpcs = (sms + GPC - 1) / GPC, full = GPC / size;
+    const int spare = (GPC - full * size + 2) / 2 * 2;  /* SMs that a GPC lacks when it holds one fewer */
+
+    *most = gpcs * full < sms / size ? gpcs * full : sms / size;
+    *fewest = gpcs * full - (gpcs * GPC - sms) / spare;
+    if (*fewest > *most)
+        *fewest = *most;
+}
+
+int gen_gpu_part(const struct gen_gpu *g, int i, struct gen_gpu *out)
+{
+    int parts = 0;
+
+    *out = *g;
+    for (int k = 1; k < 5; k++) {
+        int most, fewest;
+
+        part_clusters(g->sms, 1 << k, &most, &fewest);
+        if (g->arch != 90 || g->host)
+            most = fewest = g->clusters[k];
+        if (!most)
+            continue;
+        parts = parts > most - fewest + 1 ? parts : most - fewest + 1;
+        out->clusters[k] = most - i > fewest ? most - i : fewest;
+    }
+    if (i == parts)
+        memset(out->clusters + 1, 0, sizeof(out->clusters) - sizeof(out->clusters[0]));
+    return i <= parts ? 0 : -1;
+}
+
 int gen_gpu_arch(const char *text, int *arch, struct mk_err *err)
 {
     const char *s = strncmp(text, "sm_", 3) ? text : text + 3;

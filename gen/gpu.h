@@ -29,6 +29,15 @@ int gen_gpu_host(int arch, struct gen_gpu *out);
 int gen_gpu_arch(const char *text, int *arch, struct mk_err *err);
 const char *gen_gpu_profile(int i);            /* names, NULL past the end */
 const int *gen_gpu_archs(void);                /* known architectures, 0 at the end */
+/* Part I of the product that G is: parts have equal SMs, but different ones in their GPCs, and so hold
+   different numbers of clusters.  *OUT is G with the counts of part I, the most first; the last one
+   has no clusters.  Returns 0, or -1 past the end.
+   A GPC of sm_90 has 18 SMs, some switched off in pairs (H100 white paper: 8 GPCs of 9 TPCs), and a
+   cluster lies in one GPC.  132 SMs are 12 fewer than 8 GPCs have: at worst three GPCs have 14, one
+   cluster of 8 instead of two, so parts hold 16 to 13 (15 were measured on one H200), of
+   4 32 to 29, of 16 8 to 5, of 2 66, also when G does not know its own.  Of other architectures' GPCs we know nothing: there is G itself,
+   and one without clusters. */
+int gen_gpu_part(const struct gen_gpu *g, int i, struct gen_gpu *out);
 /* Print as a file that gen_gpu_read takes back.  The caller frees the string; NULL: no memory. */
 char *gen_gpu_print(const struct gen_gpu *g);
 #endif

@@ -574,8 +574,7 @@ static int read_file(const char *path, struct gen_model *out, struct mk_err *err
 
 /* ---- Carried models ------------------------------------------------------ */
 
-/* Folder I in which carried models are looked for, into BUF; -1 past the end, 1: none. */
-static int place(int i, char *buf, size_t size)
+int gen_model_place(int i, char *buf, size_t size)
 {
     static const char *const near_program[] = {"../../models", "../models", "models",
                                                "../share/mkgen/models"};
@@ -631,7 +630,7 @@ const char *gen_model_folder(const char *name)
 
     if (!name || !plain_name(name))
         return NULL;
-    for (int i = 0; (rc = place(i, folder, sizeof(folder))) >= 0; i++) {
+    for (int i = 0; (rc = gen_model_place(i, folder, sizeof(folder))) >= 0; i++) {
         if (rc == 0 && carried_in(folder, name, found, sizeof(found)))
             return found;
     }
@@ -675,7 +674,7 @@ const char *gen_model_carried(int i)
 
     if (i == 0 || n < 0) {              /* a new round looks again */
         n = 0;
-        for (int p = 0; (rc = place(p, folder, sizeof(folder))) >= 0; p++) {
+        for (int p = 0; (rc = gen_model_place(p, folder, sizeof(folder))) >= 0; p++) {
             if (rc == 0)
                 n = list_folder(folder, names, n);
         }

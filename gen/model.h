@@ -49,6 +49,9 @@ int gen_model_parse(const char *text, size_t len, const char *name,
    gen_model_carried(i) is NULL past the end.  Static storage, not thread safe. */
 const char *gen_model_folder(const char *name);
 const char *gen_model_carried(int i);
+/* Folder number I in which carried models are looked for, into BUF of SIZE bytes: 0, 1 when there is
+   none of this number, -1 past the end. */
+int gen_model_place(int i, char *buf, size_t size);
 
 /* inv_freq of rotary dimension pair I (0 <= i < E/2), scaled as the config says,
    rounded to float as Hugging Face does. */

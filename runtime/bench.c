@@ -76,7 +76,8 @@ static void tell_warning(void *user, const char *text)
 }
 
 /* The weights beside the config.json that gen_model_read found for WHERE. */
-static int open_checkpoint(struct rt_bench *b, const char *where, struct mk_err *err)
+static int open_checkpoint(const char *where, const struct gen_model *m, struct rt_weights **out,
+                           struct mk_err *err)
 {
     const char *slash = strrchr(where, '/');
     const char *folder = where;
@@ -92,16 +93,23 @@ static int open_checkpoint(struct rt_bench *b, const char *where, struct mk_err 
     }
     if (!folder)
         return gen_fail(err, MK_ENOENT, "%.500s: no folder with weights", where);
-    rc = rt_weights_open(folder, &b->model, &b->weights, err);
+    rc = rt_weights_open(folder, m, out, err);
     free(parent);
     return rc;
 }
 
-static int open_weights(struct rt_bench *b, const char *where, struct mk_err *err)
+int rt_bench_weights(const char *where, const struct gen_model *m,
+                     const struct rt_bench_options *options, struct rt_weights **out,
+                     struct mk_err *err)
 {
-    if (b->options.random_weights)
-        return rt_weights_random(&b->model, b->options.seed, &b->weights, err);
-    return open_checkpoint(b, where, err);
+    int rc;
+
+    *out = NULL;
+    if (options->random_weights)
+        return rt_weights_random(m, options->seed, out, err);
+    rc = open_checkpoint(where, m, out, err);
+    return rc != MK_ENOENT ? rc
+           : gen_fail_in(err, rc, "no checkpoint (--random-weights makes one)");
 }
 
 static int make_tokens(struct rt_bench *b, struct mk_err *err)
@@ -123,7 +131,7 @@ static int open_all(struct rt_bench *b, const char *where, int context, struct m
 {
     const struct rt_engine_options options = {
         b->options.cubin_path, b->options.plan_file, b->options.set, tell_progress, tell_warning, b,
-        "gpu",
+        b->options.device ? b->options.device : "gpu",
     };
     int rc = gen_model_read(where, &b->model, err);
 
@@ -132,7 +140,7 @@ static int open_all(struct rt_bench *b, const char *where, int context, struct m
     if (context < 1 || context > b->model.max_context)
         return gen_fail(err, MK_EINVAL, "a context of %d tokens; %s can have 1 to %d", context,
                         b->model.name, b->model.max_context);
-    rc = open_weights(b, where, err);
+    rc = rt_bench_weights(where, &b->model, &b->options, &b->weights, err);
     if (rc == 0)
         rc = rt_engine_open(&b->model, b->weights, &options, &b->engine, err);
     if (rc == 0)
@@ -209,6 +217,7 @@ void rt_bench_facts(const struct rt_bench *b, struct rt_bench_facts *out)
     out->driver = rt_device_driver(device);
     out->sheet_gbps = sheet_gbps(&gpu);
     out->context = b->plan->context;
+    out->plan_file = rt_session_plan_file(b->session);
     out->kernel_from = rt_session_kernel_from(b->session);
     out->weight_bytes = gen_model_params(&b->model) * 2;
 }
@@ -819,4 +828,114 @@ int rt_bench_check_decode(struct rt_bench *b, struct rt_bench_verdict *out, stru
 int rt_bench_check_prefill(struct rt_bench *b, struct rt_bench_verdict *out, struct mk_err *err)
 {
     return check_run(b, RAN_PREFILL, out, err);
+}
+
+/* ---- Checks: against another kernel ------------------------------------------------ */
+
+/* Run the N steps of the last decode again, on the tokens that CHOSEN says; what is chosen then goes to
+   AGAIN. */
+static int run_again(struct rt_bench *b, const int32_t *chosen, int32_t *again, float *logits,
+                     struct mk_err *err)
+{
+    const struct ran *ran = &b->ran;
+    int32_t *input = malloc((size_t)ran->n * sizeof *input);
+    struct taker t = {.b = b, .to = again, .n = ran->n};
+    int rc;
+
+    if (!input)
+        return gen_fail(err, MK_ENOMEM, "no memory for %d tokens", ran->n);
+    input[0] = ran->input[0];
+    memcpy(input + 1, chosen, (size_t)(ran->n - 1) * sizeof *input);
+    rc = decode(&t, input[0], ran->pos, input, logits, err);
+    free(input);
+    return rc;
+}
+
+int rt_bench_output(struct rt_bench *b, struct rt_bench_output *out, struct mk_err *err)
+{
+    const struct ran *ran = &b->ran;
+    int32_t *again;
+    int rc;
+
+    if (ran->kind != RAN_DECODE || out->n != ran->n)
+        return gen_fail(err, MK_EINVAL, "there is no decode of %d tokens", out->n);
+    again = malloc((size_t)ran->n * sizeof *again);
+    if (!again)
+        return gen_fail(err, MK_ENOMEM, "no memory for %d tokens", ran->n);
+    out->pos = ran->pos;
+    memcpy(out->chosen, ran->chosen, (size_t)ran->n * sizeof *out->chosen);
+    rc = run_again(b, out->chosen, again, out->logits, err);
+    free(again);
+    return rc;
+}
+
+/* Where the timed run first chose otherwise than WANT, and how far below WANT's choice that is. */
+static void compare_choices(struct tally *t, const struct ran *ran, const struct rt_bench_output *want,
+                            int V)
+{
+    int i = 0;
+    float gap;
+
+    while (i < ran->n && ran->chosen[i] == want->chosen[i])
+        i++;
+    if (i == ran->n)
+        return;
+    gap = want->logits[(size_t)i * (size_t)V + (size_t)want->chosen[i]] -
+          want->logits[(size_t)i * (size_t)V + (size_t)ran->chosen[i]];
+    if (!(gap <= t->gap)) {
+        t->gap = isnan(gap) ? INFINITY : gap;
+        t->gap_step = i;
+        t->gap_choice = want->chosen[i];
+    }
+}
+
+static void judge_output(const struct rt_bench *b, const struct tally *t, struct rt_bench_verdict *v)
+{
+    const int pos = b->ran.pos;
+
+    v->checked = t->steps;
+    v->max_error = t->error;
+    v->tolerance = allowed(b) * t->scale;
+    if (!(t->error <= v->tolerance && v->tolerance < INFINITY))
+        wrong(v, "a logit at position %d is %.3g from the other kernel's; %.3g is allowed",
+              pos + t->error_step, (double)t->error, (double)v->tolerance);
+    else if (!(t->gap <= v->tolerance))
+        wrong(v, "the token chosen at position %d has a logit in the other kernel %.3g below that of "
+              "%d; %.3g is allowed", pos + t->gap_step, (double)t->gap, t->gap_choice,
+              (double)v->tolerance);
+    else
+        snprintf(v->text, sizeof v->text, "logits within %.3g of the other kernel's (%.3g allowed)",
+                 (double)t->error, (double)v->tolerance);
+}
+
+int rt_bench_check_output(struct rt_bench *b, const struct rt_bench_output *want,
+                          struct rt_bench_verdict *out, struct mk_err *err)
+{
+    const struct ran *ran = &b->ran;
+    const size_t n = (size_t)ran->n, V = (size_t)b->model.V;
+    struct tally tally = {0};
+    int32_t *again = NULL;
+    float *logits = NULL;
+    int rc;
+
+    memset(out, 0, sizeof *out);
+    if (ran->kind != RAN_DECODE || want->n != ran->n || want->pos != ran->pos)
+        return gen_fail(err, MK_EINVAL, "there is no decode of %d tokens at position %d", want->n,
+                        want->pos);
+    out->correct = 1;
+    if (!look_at_tokens(b, out))
+        return 0;
+    again = malloc(n * sizeof *again);
+    logits = malloc(n * V * sizeof *logits);
+    rc = again && logits ? run_again(b, want->chosen, again, logits, err)
+                         : gen_fail(err, MK_ENOMEM, "no memory for the logits of %zu tokens", n);
+    for (size_t i = 0; rc == 0 && i < n; i++)
+        compare_logits(&tally, (int)i, again[i], logits + i * V, want->logits + i * V, (int)V);
+    if (rc == 0) {
+        compare_choices(&tally, ran, want, (int)V);
+        judge_output(b, &tally, out);
+    }
+    free(again);
+    free(logits);
+    return rc;
 }

@@ -1,6 +1,6 @@
-/* bench.h - the engine's second door, for mkbench and the big checks: it times the kernels
+/* bench.h - the engine's second door, for mkbench, mktune and the big checks: it times the kernels
    that mk_append and mk_generate launch, and checks the very run that was timed.
-   Implemented in bench.c; needs a GPU.  One rt_bench is used by one thread.
+   Implemented in bench.c; needs a GPU, or an emulated one.  One rt_bench is used by one thread.
 
    The token at position I of every run is pseudo-random, rt_sample_hash(seed, I, 0) % V,
    until decode chooses its own; so that a position can be reached without a prompt.
@@ -10,12 +10,14 @@
 #define RT_BENCH_H
 #include "gen/gen.h"
 #include "runtime/mk.h"
+#include "runtime/weights.h"
 
 struct rt_bench;
 
 struct rt_bench_options {
     int random_weights;         /* 1: made weights (rt_weights_random); 0: those of the folder */
     uint64_t seed;              /* of the made weights and of the pseudo-random tokens */
+    const char *device;         /* of rt_device_open; NULL: the first GPU */
     const char *cubin_path;     /* as in mk_options */
     const char *plan_file;      /* as in mk_options */
     const char *const *set;     /* as in mk_options */
@@ -24,8 +26,14 @@ struct rt_bench_options {
     void *user;
 };
 
+/* The weights of model M, read from WHERE: made ones, or those of the folder.
+   Returns as rt_weights_open and rt_weights_random. */
+int rt_bench_weights(const char *where, const struct gen_model *m,
+                     const struct rt_bench_options *options, struct rt_weights **out,
+                     struct mk_err *err);
+
 /* Open the model WHERE (as gen_model_read; a folder with weights unless they are made) on
-   the first GPU, load the weights and get the kernel, for CONTEXT tokens.
+   the device, load the weights and get the kernel, for CONTEXT tokens.
    Returns 0, MK_EINVAL (CONTEXT over the model's maximum), or as mk_open and mk_context_make. */
 int rt_bench_open(const char *where, int context, const struct rt_bench_options *options,
                   struct rt_bench **out, struct mk_err *err);
@@ -39,6 +47,7 @@ struct rt_bench_facts {
     int driver;                 /* 13000 for CUDA 13.0 */
     int sheet_gbps;             /* of the data sheet; 0: unknown */
     int context;                /* tokens that fit */
+    const char *plan_file;      /* given or carried; "": none; owned by the rt_bench */
     int kernel_from;            /* 1: compiled, 2: cache, 3: pack */
     int64_t weight_bytes;       /* resident weights */
 };
@@ -116,4 +125,24 @@ int rt_bench_check_decode(struct rt_bench *b, struct rt_bench_verdict *out, stru
 /* The same for the last rt_bench_prefill: KV rows of the first and last 4 prompt tokens
    and the logits that follow the last. */
 int rt_bench_check_prefill(struct rt_bench *b, struct rt_bench_verdict *out, struct mk_err *err);
+
+/* What one kernel made of N steps from position POS, for another kernel of the same model, weights
+   and seed to be compared with.  The arrays are the caller's. */
+struct rt_bench_output {
+    int pos, n;
+    int32_t *chosen;            /* [n] */
+    float *logits;              /* [n][V] */
+};
+
+/* Fill OUT, whose N is that of the last rt_bench_decode, from this one; its steps are run again for
+   their logits.  Returns 0, MK_EINVAL (another N), MK_ENOMEM, MK_EDEVICE. */
+int rt_bench_output(struct rt_bench *b, struct rt_bench_output *out, struct mk_err *err);
+/* Check the last rt_bench_decode against WANT of the same position and length: all its runs gave the
+   same tokens, and these are WANT's, up to the first where WANT's own logits of both are within the
+   tolerance of each other; and every step, run again on WANT's tokens, has WANT's logits within the
+   tolerance.  That is the one of the checks above: another order of sums moves a logit less than
+   the roundings do that the C reference leaves out.
+   Returns 0 with *OUT filled, MK_EINVAL, MK_ENOMEM, MK_EDEVICE. */
+int rt_bench_check_output(struct rt_bench *b, const struct rt_bench_output *want,
+                          struct rt_bench_verdict *out, struct mk_err *err);
 #endif

@@ -22,6 +22,7 @@ struct rt_engine {
     struct gen_gpu gpu;
     struct rt_packed packed; /* .stream 0: not loaded yet */
     double load_s;
+    int told_refused;        /* that the carried plan does not fit */
 };
 
 /* What host and device share, page-locked. */
@@ -34,6 +35,7 @@ struct mapped {
 struct rt_session {
     struct rt_engine *engine;
     struct gen_plan plan;
+    char plan_file[GEN_PATH]; /* "": the plan's own choices, or those of options.set */
     rt_module module;
     rt_func decode, prefill;
     rt_event launched; /* recorded behind every decode launch: sessions share a stream */
@@ -389,31 +391,81 @@ static int make_buffers(struct rt_session *s, struct mk_err *err)
 
 /* ---- Sessions ------------------------------------------------------------ */
 
-static int choose_kernel(struct rt_session *s, int context, struct mk_err *err)
+static int choose_plan(struct rt_session *s, int context, struct mk_err *err)
 {
     struct rt_engine *e = s->engine;
-    int rc = gen_plan_make(e->model, &e->gpu, context, e->options.plan_file, e->options.set,
-                           &s->plan, err);
+    struct gen_plan_source *source = malloc(sizeof *source);
+    char text[4096];
+    int rc;
+
+    if (!source)
+        return gen_fail(err, MK_ENOMEM, "no memory for a plan");
+    rc = gen_plan_choose(e->model, &e->gpu, context, e->options.plan_file, e->options.set, &s->plan,
+                         source, err);
+    if (source->refused.code && e->options.warn && !e->told_refused) {
+        snprintf(text, sizeof text, "the plan carried for %s on %s is not used: %.3000s",
+                 e->model->name, e->gpu.name, source->refused.text);
+        e->options.warn(e->options.user, text);
+        e->told_refused = 1;
+    }
+    strcpy(s->plan_file, source->file);
+    free(source);
+    return rc;
+}
+
+static int choose_kernel(struct rt_session *s, int context, struct mk_err *err)
+{
+    int rc = choose_plan(s, context, err);
 
     if (rc == 0)
         rc = check_memory(s, err);
     return rc ? rc : get_kernel(s, err);
 }
 
+/* Say that a kernel for fewer clusters was taken. */
+static void warn_fewer(const struct rt_session *s, int had)
+{
+    const struct rt_engine *e = s->engine;
+    char text[512];
+
+    if (!e->options.warn)
+        return;
+    if (s->plan.cluster)
+        snprintf(text, sizeof text, "no pack has the kernel of %s for %d clusters of %d CTAs; the one for "
+                 "%d is used", e->model->name, had, s->plan.group, s->plan.groups);
+    else
+        snprintf(text, sizeof text, "no pack has the kernel of %s for %d clusters, or for fewer; the one "
+                 "without is used", e->model->name, had);
+    e->options.warn(e->options.user, text);
+}
+
 /* Nothing here can compile, and no pack has a kernel for as many clusters as this GPU holds: parts
-   of one product differ in that.  One without clusters will do; if there is none either, the first error stays. */
-static int choose_plainer_kernel(struct rt_session *s, int context)
+   of one product differ in that.  Take the one for the most clusters that fit, or the one without.
+   If there is none either, the first error, which is in ERR, stays. */
+static int choose_smaller_kernel(struct rt_session *s, int context, struct mk_err *err)
 {
     struct gen_gpu *gpu = &s->engine->gpu;
-    const struct gen_gpu clusters = *gpu;
-    struct mk_err ignored;
+    const struct gen_gpu all = *gpu;
+    const int had = s->plan.groups;
+    int rc = MK_ETOOL, more = 1;
+    struct mk_err why;
 
-    for (int i = 1; i < 5; i++)
-        gpu->clusters[i] = 0;
-    if (choose_kernel(s, context, &ignored) == 0)
+    while (more && (rc == MK_ETOOL || rc == MK_EINVAL)) {
+        more = 0;
+        for (int i = 1; i < 5; i++)
+            more |= gpu->clusters[i] > 0 && --gpu->clusters[i] > 0;
+        rc = choose_kernel(s, context, &why);
+    }
+    if (rc == 0) {
+        warn_fewer(s, had);
         return 0;
-    *gpu = clusters;
-    return MK_ETOOL;
+    }
+    *gpu = all;
+    if (rc == MK_ETOOL || rc == MK_EINVAL)
+        return MK_ETOOL;
+    if (err)
+        *err = why;
+    return rc;
 }
 
 int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, struct mk_err *err)
@@ -427,7 +479,7 @@ int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, s
     s->engine = e;
     rc = choose_kernel(s, context, err);
     if (rc == MK_ETOOL && s->plan.cluster && !e->packed.stream)
-        rc = choose_plainer_kernel(s, context);
+        rc = choose_smaller_kernel(s, context, err);
     s->epoch = s->plan.epoch0;
     if (rc == 0)
         rc = load_weights(s, err);
@@ -461,6 +513,11 @@ void rt_session_free(struct rt_session *s)
 const struct gen_plan *rt_session_plan(const struct rt_session *s)
 {
     return &s->plan;
+}
+
+const char *rt_session_plan_file(const struct rt_session *s)
+{
+    return s->plan_file;
 }
 
 int rt_session_kernel_from(const struct rt_session *s)

@@ -31,11 +31,14 @@ struct rt_device *rt_engine_device(const struct rt_engine *e);
 double rt_engine_load_s(const struct rt_engine *e);
 
 /* Make a session for CONTEXT tokens (0: the plan's default): plan, kernel, weights at the first
-   time, KV cache.  Returns 0 or as mk_context_make. */
+   time, KV cache.  Where nothing can compile and no pack has the kernel for as many clusters as the
+   device holds, the pack's kernel for the most clusters that fit is taken, else one without; that is
+   a warning, and the engine stays with that many.  Returns 0 or as mk_context_make. */
 int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, struct mk_err *err);
 void rt_session_free(struct rt_session *s);
 
 const struct gen_plan *rt_session_plan(const struct rt_session *s);
+const char *rt_session_plan_file(const struct rt_session *s); /* given or carried; "": none */
 int rt_session_kernel_from(const struct rt_session *s); /* RT_FROM_... of cache.h */
 double rt_session_kernel_s(const struct rt_session *s);
 

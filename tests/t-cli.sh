@@ -68,7 +68,7 @@ toy=$srcdir/toy/toy-qwen3
 
 # ---- Every program ----
 
-for program in mkgen mkrun mkbench; do
+for program in mkgen mkrun mkbench mktune; do
     run 0 $program --help
     has "^Usage: $program " out "$program --help"
     has '^Example: ' out "$program --help"
@@ -172,6 +172,50 @@ for section in choices groups phases hops memory predicted; do
     has "^\[$section\]$" out --dump-plan
 done
 [ -z "$(ls ./*.cu 2>/dev/null)" ] || fail "--dump-plan wrote a source that nobody asked for"
+
+# ---- Plans that lie beside carried models ----
+
+has '^# choices: the generator.s own$' out --dump-plan
+mkdir -p here/models/other-name
+cp "$toy/config.json" here/models/other-name/
+printf '# found by hand\n[choices]\nbalance = 100\nwarps = 4\n' >here/models/other-name/h200.plan
+carried() { MK_MODELS_DIR=$tmp/here/models run "$@"; }
+
+carried 0 mkgen -m "$toy" -a 90 --dump-plan -q
+has "^# choices: $tmp/here/models/other-name/h200.plan, carried for this model and GPU$" out 'a carried plan'
+has '^balance = 100$' out 'a carried plan'
+[ ! -s err ] || fail "a carried plan is told of on stderr: $(cat err)"
+carried 0 mkgen -m "$toy" -a 90 -o k.cu
+has "^plan: $tmp/here/models/other-name/h200.plan$" err 'a carried plan'
+carried 0 mkgen -m "$toy" -a 90 --dump-plan -q --set timing=on
+has '^# choices: .*/h200.plan, carried for this model and GPU, and --set$' out 'clocks are no choice'
+has '^timing = on$' out 'clocks beside a carried plan'
+carried 0 mkgen -m "$toy" -a 90 --dump-plan -q --set warps=8
+has '^# choices: the generator.s own, and --set$' out 'a carried plan and --set'
+has '^balance = 50$' out 'a carried plan and --set'
+carried 0 mkgen -m "$toy" -a 90 --dump-plan -q --plan none
+has '^# choices: the generator.s own$' out '--plan none'
+has '^balance = 50$' out '--plan none'
+printf 'balance = 25\n' >my.plan
+carried 0 mkgen -m "$toy" -a 90 --dump-plan -q --plan my.plan
+has '^# choices: my.plan$' out '--plan'
+carried 0 mkgen -m "$srcdir/toy/toy-llama" -a 90 --dump-plan -q
+has '^# choices: the generator.s own$' out 'another shape'
+carried 0 mkgen -m "$toy" -a 80 --dump-plan -q
+has '^# choices: the generator.s own$' out 'another GPU'
+# One that does not fit is not used, and told of.
+for bad in 'nonsense = 1' 'stages = 60' 'no line' 'ctas = 1000'; do
+    printf '%s\n' "$bad" >here/models/other-name/h200.plan
+    carried 0 mkgen -m "$toy" -a 90 --dump-plan -q
+    has '^mkgen: warning: the plan carried for toy-qwen3 on h200 is not used: ' err "$bad"
+    has '^# choices: the generator.s own$' out "$bad"
+    [ "$(wc -l <err)" = 1 ] || fail "$bad: more than one line: $(cat err)"
+done
+rm -r here/models/other-name/h200.plan
+mkdir here/models/other-name/h200.plan
+carried 0 mkgen -m "$toy" -a 90 --dump-plan -q
+has 'is not used: .*/h200.plan: not a regular file$' err 'a folder as a carried plan'
+rm -r here k.cu
 
 emission()
 {

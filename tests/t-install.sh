@@ -60,7 +60,7 @@ fi
 
 # ---- Programs and their manual pages ----
 
-for program in mkgen mkrun mkbench; do
+for program in mkgen mkrun mkbench mktune; do
     version=$("$bin/$program" --version) || fail "$program --version"
     case $version in
     "$program "[0-9]*.[0-9]*.[0-9]*) ;;
@@ -88,9 +88,35 @@ export MK_MODELS_DIR
 
 demo=$MK_MODELS_DIR/demo
 if [ -e libmkhost.la ] && have c++ && have m4; then
-    (cd "$tmp" && unset MK_HOST_DRIVER && MK_CACHE_DIR=$tmp/host-cache "$bin/mkrun" "$demo" \
-        --device host --set ctas=2 -p It -n 1) >"$tmp/host.out" 2>"$tmp/host.err" ||
-        fail "the installed mkrun does not run on the emulated GPU: $(cat "$tmp/host.err")"
+    # A plan beside an installed model is found, and one that does not fit is told of.
+    host_run()
+    {
+        (cd "$tmp" && unset MK_HOST_DRIVER && MK_CACHE_DIR=$tmp/host-cache "$bin/mkrun" "$demo" \
+            --device host -p It -n 1) >"$tmp/host.out" 2>"$tmp/host.err" ||
+            fail "the installed mkrun does not run on the emulated GPU: $(cat "$tmp/host.err")"
+    }
+    for choice in 'ctas = 2' 'nonsense = 1'; do
+        echo "$choice" >"$demo/host-sm_90.plan"
+        (cd "$tmp" && "$bin/mkgen" --model demo --arch host --dump-plan) >"$tmp/plan" 2>"$tmp/plan.err"
+        host_run
+        case $choice in
+        ctas*)
+            grep -q '^# choices: .*/demo/host-sm_90.plan, carried' "$tmp/plan" ||
+                fail "the plan beside an installed model is not found: $(cat "$tmp/plan.err")"
+            grep -q '^ctas = 2$' "$tmp/plan" || fail "the plan beside an installed model is not used"
+            cp "$tmp/host.out" "$tmp/planned.out"
+            ! grep -q plan "$tmp/host.err" || fail "a good plan: $(cat "$tmp/host.err")"
+            ;;
+        *)
+            for file in plan host; do
+                grep -q 'warning: the plan carried for demo on host-sm_90 is not used: .*"nonsense"' \
+                    "$tmp/$file.err" 2>/dev/null || fail "a bad plan is not told of in $file.err"
+            done
+            cmp -s "$tmp/host.out" "$tmp/planned.out" || fail "another plan, another token"
+            ;;
+        esac
+    done
+    rm -f "$demo/host-sm_90.plan"
 fi
 
 # ---- An application, built as a user would ----

@@ -27,7 +27,7 @@ static const char help[] =
     "                        (a kernel with clocks)\n"
     "      --seed N          of made weights and of prompts (default 1)\n"
     "  -j, --json FILE       the results as JSON; \"-\" is standard output, without the table\n"
-    "      --plan FILE       plan choices of the kernel, see mkgen\n"
+    "      --plan FILE       plan choices of the kernel, or none, see mkgen\n"
     "  -s, --set KEY=VALUE   one plan choice, see mkgen; may be repeated\n"
     "      --help, --version\n"
     "\n"
@@ -313,6 +313,8 @@ static void print_head(const struct report *rep, const struct options *o)
            f->context);
     printf("%s, sm_%d, %d SMs, driver for CUDA %d.%d\n", f->gpu, f->arch, f->sms,
            f->driver / 1000, f->driver % 1000 / 10);
+    if (*f->plan_file)
+        printf("plan %s\n", f->plan_file);
     printf("read bandwidth %.0f GB/s (%s)", rep->read_gbps, rep->method);
     if (f->sheet_gbps > 0)
         printf(", %.1f %% of the data sheet's %d", 100 * rep->read_gbps / f->sheet_gbps,
@@ -489,8 +491,6 @@ static int run(struct options *o)
     if (o->json && cli_file_open(&json, o->json))
         return CLI_FAILED;
     rc = rt_bench_open(o->where, o->context, &o->bench, &b, &err);
-    if (rc == MK_ENOENT && !o->bench.random_weights)
-        gen_fail_in(&err, rc, "no checkpoint (--random-weights makes one)");
     if (rc) {
         cli_file_drop(&json);
         return cli_error(&err);

@@ -8,6 +8,7 @@
 #include "runtime/cli/cli.h"
 #include "runtime/device.h"
 #include "runtime/key.h"
+#include "runtime/product.h"
 
 static const char help[] =
     "Usage: mkgen --model MODEL [--arch ARCH]... [OPTION]...\n"
@@ -22,14 +23,16 @@ static const char help[] =
     "                       without it, the default profile of the architecture\n"
     "  -c, --context N      tokens that the KV cache holds\n"
     "                       (default: the model's maximum or 4096, whichever is smaller)\n"
-    "  -p, --plan FILE      plan choices, one \"key = value\" per line\n"
+    "  -p, --plan FILE      plan choices, one \"key = value\" per line; or none (default: the\n"
+    "                       file carried for this model and GPU, if there is no --set)\n"
     "  -s, --set KEY=VALUE  one plan choice; wins over the file; may be repeated\n"
     "\n"
     "What to write (without any of these: NAME-sm_XX.cu, or NAME-host-sm_XX.cu, in the\n"
     "current folder):\n"
     "  -o, --output FILE    the source; \"-\" is standard output\n"
     "      --cubin FILE     the compiled kernel (host: a shared object)\n"
-    "      --pack DIR       the compiled kernel as an entry of the pack folder DIR\n"
+    "      --pack DIR       compiled kernels as entries of the pack folder DIR, one for every\n"
+    "                       number of clusters that parts of this GPU hold, one without\n"
     "      --compile        the compiled kernel as an entry of the cache, where the engine\n"
     "                       finds it; prints its folder, size and time\n"
     "      --dump-plan      the plan, on standard output\n"
@@ -337,16 +340,40 @@ static int write_kernel(const struct options *o, const struct rt_key *key)
         if (rc)
             return rc;
     }
-    if (o->pack) {
-        rc = rt_pack_write(key, o->pack, cli_progress, NULL, &err);
-        cli_progress_clear();
-        if (rc)
-            return kernel_failed(o, key, rc, &err);
-        if (!o->quiet)
-            cli_note("wrote %ssm_%d into the pack %s in %.2f s", host_prefix(key->host),
-                     key->arch, o->pack, cli_now() - start);
-    }
     return 0;
+}
+
+/* Write the kernels of all parts of the product that G is into the pack.  Returns as write_kernel. */
+static int write_pack(const struct options *o, const struct rt_key *key, const struct gen_model *m,
+                      const struct gen_gpu *g)
+{
+    const struct rt_product product = { m, g, o->context, o->plan, o->set.item };
+    double start = cli_now();
+    struct mk_err err;
+    int n, rc = rt_product_pack(&product, o->pack, cli_progress, NULL, &n, &err);
+
+    cli_progress_clear();
+    if (rc)
+        return kernel_failed(o, key, rc, &err);
+    if (!o->quiet)
+        cli_note("wrote %ssm_%d into the pack %s in %.2f s, %d variant%s", host_prefix(key->host),
+                 key->arch, o->pack, cli_now() - start, n, n == 1 ? "" : "s");
+    return 0;
+}
+
+/* The choices of a carried plan file, or why it is not used; where they come from, for --dump-plan. */
+static void tell_source(const struct options *o, const struct gen_model *m, const struct gen_gpu *g,
+                        const struct gen_plan_source *source)
+{
+    if (source->refused.code)
+        cli_note("warning: the plan carried for %s on %s is not used: %s", m->name, g->name,
+                 source->refused.text);
+    if (o->dump_plan)
+        printf("# choices: %s%s%s\n", *source->file ? source->file : "the generator's own",
+               *source->file && !o->plan ? ", carried for this model and GPU" : "",
+               o->set.n ? ", and --set" : "");
+    else if (*source->file && !o->quiet)
+        fprintf(stderr, "plan: %s\n", source->file);
 }
 
 /* Everything for one GPU.  Returns 0, CLI_FAILED, or -1: skipped. */
@@ -354,25 +381,34 @@ static int generate(const struct options *o, const struct gen_model *m, const st
 {
     int compiles = o->cubin || o->pack || o->compile;
     struct gen_plan *plan = malloc(sizeof(*plan));
+    struct gen_plan_source *source = malloc(sizeof(*source));
     struct rt_key key = { 0 };
     struct mk_err err;
     int rc = 0;
 
-    if (!plan)
+    if (!plan || !source) {
+        free(plan);
+        free(source);
         return cli_fail("not enough memory");
-    if (gen_plan_make(m, g, o->context, o->plan, o->set.item, plan, &err) ||
+    }
+    if (gen_plan_choose(m, g, o->context, o->plan, o->set.item, plan, source, &err) ||
         rt_key_make(plan, g->arch, &key, &err)) {
         free(plan);
+        free(source);
         return arch_failed(o, g->host, g->arch, &err);
     }
     if (!o->quiet)
         rc = print_text(gen_plan_summary(plan), stderr);
+    tell_source(o, m, g, source);
+    free(source);
     if (rc == 0 && o->dump_plan)
         rc = print_text(gen_plan_dump(plan), stdout);
     if (rc == 0 && (o->output || (!compiles && !o->dump_plan)))
         rc = write_source(o, &key);
     if (rc == 0 && compiles)
         rc = write_kernel(o, &key);
+    if (rc == 0 && o->pack)
+        rc = write_pack(o, &key, m, g);
     rt_key_free(&key);
     free(plan);
     return rc;

@@ -47,7 +47,7 @@ static const char help[] =
     "  -c, --context N      tokens of prompt and answers together\n"
     "                       (default: the model's maximum or 4096, whichever is smaller)\n"
     "      --threads N      of the CPU (default: one per core)\n"
-    "      --plan FILE      plan choices of the kernel, see mkgen\n"
+    "      --plan FILE      plan choices of the kernel, or none, see mkgen\n"
     "      --set KEY=VALUE  one plan choice, see mkgen; may be repeated\n"
     "      --help, --version\n"
     "\n"
