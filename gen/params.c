@@ -272,8 +272,9 @@ static void dump_choices(FILE *f, const struct gen_plan *p)
     fprintf(f, "chunk_bytes = %d\nstages = %d\n", p->chunk_bytes, p->stages);
     fprintf(f, "inflight = %d\ninflight_hop = %d\nround_blocks = %d\ntokens_per_launch = %d\n",
             p->inflight, p->inflight_hop, p->round_blocks, p->tokens_per_launch);
-    fprintf(f, "prefill_tokens = %d\ngemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n",
-            p->prefill_tokens, p->gemm_m, p->gemm_n, p->gemm_k, p->gemm_stages);
+    fprintf(f, "prefill_ctas = %d\nprefill_tokens = %d\n", p->prefill_ctas, p->prefill_tokens);
+    fprintf(f, "gemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n", p->gemm_m, p->gemm_n,
+            p->gemm_k, p->gemm_stages);
     fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\nfault = %s\n",
             p->flash_m, p->flash_n, p->unroll_layers ? "loop" : "list",
             p->dtype == GEN_FP16 ? "fp16" : "bf16", p->fault ? "hang" : "none");

@@ -525,10 +525,10 @@ static void test_streams(void)
             "plan: the KV cache has room for 2097150 bytes of a head, and its tiles have 2097152");
     SPOILED(
         both, p.inflight_hop = 0,
-        "plan: inflight is 3 and inflight_hop 0; they must be 1 or more, and inflight the larger");
+        "plan: inflight is 4 and inflight_hop 0; they must be 1 or more, and inflight the larger");
     SPOILED(
         both, p.inflight = p.inflight_hop - 1,
-        "plan: inflight is 0 and inflight_hop 1; they must be 1 or more, and inflight the larger");
+        "plan: inflight is 1 and inflight_hop 2; they must be 1 or more, and inflight the larger");
     SPOILED(both, p.epoch0 = 0,
             "plan: epoch0 is 0 and a launch takes 3840 tags; tags must be 1..2147483647");
     SPOILED(both, p.tokens_per_launch = INT_MAX / 60 + 1,

@@ -192,10 +192,10 @@ has '^# choices: .*/h200.plan, carried for this model and GPU, and --set$' out '
 has '^timing = on$' out 'clocks beside a carried plan'
 carried 0 mkgen -m "$toy" -a 90 --dump-plan -q --set warps=8
 has '^# choices: the generator.s own, and --set$' out 'a carried plan and --set'
-has '^balance = 50$' out 'a carried plan and --set'
+has '^balance = 0$' out 'a carried plan and --set'
 carried 0 mkgen -m "$toy" -a 90 --dump-plan -q --plan none
 has '^# choices: the generator.s own$' out '--plan none'
-has '^balance = 50$' out '--plan none'
+has '^balance = 0$' out '--plan none'
 printf 'balance = 25\n' >my.plan
 carried 0 mkgen -m "$toy" -a 90 --dump-plan -q --plan my.plan
 has '^# choices: my.plan$' out '--plan'

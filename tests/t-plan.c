@@ -753,6 +753,7 @@ static void random_set(char text[MOST_SET][48], const char **set)
         {"stages", 2, 12, 1},
         {"round_blocks", 2, 16, 2},
         {"tokens_per_launch", 1, 1024, 1},
+        {"prefill_ctas", 1, 132, 1},
         {"prefill_tokens", 16, 8192, 16},
         {"gemm_m", 64, 128, 64},
         {"gemm_n", 64, 128, 64},
@@ -888,6 +889,7 @@ static void test_round_trip(void)
                                       "inflight_hop=2",
                                       "round_blocks=4",
                                       "tokens_per_launch=3",
+                                      "prefill_ctas=19",
                                       "prefill_tokens=48",
                                       "gemm_m=64",
                                       "gemm_n=64",
@@ -915,7 +917,7 @@ static void test_round_trip(void)
           p.inflight == 4);
     CHECK(p.inflight_hop == 2 && p.round_blocks == 4 && p.group == 5 && p.balance == 77);
     CHECK(p.cluster == 0 && p.timing == 1);
-    CHECK(p.tokens_per_launch == 3 && p.prefill_tokens == 48 && p.gemm_m == 64 && p.gemm_n == 64);
+    CHECK(p.tokens_per_launch == 3 && p.prefill_ctas == 19 && p.prefill_tokens == 48 && p.gemm_m == 64 && p.gemm_n == 64);
     CHECK(p.gemm_k == 32 && p.gemm_stages == 3 && p.flash_m == 128 && p.flash_n == 32);
     CHECK(p.unroll_layers == 1 && p.dtype == GEN_FP16 && p.fault == 1 && p.context == 100);
     CHECK(p.epoch0 == 2147000000);
@@ -1030,10 +1032,10 @@ static void test_settings(void)
     refused("qwen3-0.6b", "h200", 0, SET("prefill_tokens=17"),
             "plan: round_blocks is 10 and prefill_tokens 17; they must be multiples of 2 and 16");
     refused("qwen3-0.6b", "h200", 0, SET("inflight=9", "stages=8"),
-            "plan: inflight is 9 and inflight_hop 9; they must not exceed stages 8 and inflight");
+            "plan: inflight is 9 and inflight_hop 2; they must not exceed stages 8 and inflight");
     refused("qwen3-0.6b", "h200", 0, SET("stages=14"),
-            "plan: decode needs 267432 bytes of shared memory, 37832 of them beside the ring, and "
-            "a block of h200 has 232448; 11 stages of 16384 bytes would fit");
+            "plan: decode needs 263728 bytes of shared memory, 34128 of them beside the ring, and "
+            "a block of h200 has 232448; 12 stages of 16384 bytes would fit");
     refused("qwen3-8b", "l4", 0, SET("gemm_stages=8", "gemm_k=64"),
             "plan: prefill needs 132096 bytes of shared memory and a block of l4 has 101376; "
             "make gemm_stages or flash_n smaller");
@@ -1044,8 +1046,8 @@ static void test_settings(void)
 
 static void test_group_settings(void)
 {
-    refused("qwen3-0.6b", "h200", 0, SET("ctas=133"), "plan: ctas is 133; h200 has 132 SMs");
-    refused("qwen3-8b", "t4", 0, SET("ctas=41"), "plan: ctas is 41; t4 has 40 SMs");
+    refused("qwen3-0.6b", "h200", 0, SET("ctas=133"), "plan: ctas is 133 and prefill_ctas 0; h200 has 132 SMs");
+    refused("qwen3-8b", "t4", 0, SET("ctas=41"), "plan: ctas is 41 and prefill_ctas 0; t4 has 40 SMs");
     refused("qwen3-0.6b", "h200", 0, SET("ctas=132", "group=8"),
             "plan: ctas is 132; it must be a multiple of group, 8");
     refused("qwen3-0.6b", "h200", 0, SET("ctas=4", "group=8"),
