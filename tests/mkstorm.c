@@ -169,6 +169,7 @@ struct stage {
     struct rt_session *session;
     int32_t prompt[MOST_PROMPT];
     double token_ms; /* of the last greedy run, on one core */
+    int fills;       /* of exchanges, before this episode */
 };
 
 /* Of this process. */
@@ -254,39 +255,48 @@ static int play_ends(struct stage *s, struct result *r, struct mk_err *err)
     return rc;
 }
 
-static int play(struct stage *s, struct result *r, struct mk_err *err)
+/* The prompt, and STEPS greedy tokens with their logits. */
+static int play_greedy(struct stage *s, struct result *r, struct mk_err *err)
 {
     static float logits[STEPS * MOST_V];
-    const int wraps = strstr(s->world->settings, "epoch0=") != NULL, before = fills, P = s->world->prompt;
+    const int P = s->world->prompt;
     struct taken t = {.token = r->tokens};
-    struct rt_decode job = {.token = s->prompt[P - 1], .pos = P - 1, .n = STEPS, .top_p = 1};
-    int done, rc = poison(s, err), early;
+    const struct rt_decode job = {.token = s->prompt[P - 1], .pos = P - 1, .n = STEPS, .top_p = 1, .logits = logits};
+    int done, rc = poison(s, err);
     double start;
 
     memset(r, 0, sizeof *r);
+    s->fills = fills;
     if (rc == 0 && P > 1)
         rc = rt_session_prefill(s->session, s->prompt, P - 1, 0, &done, err);
-    job.logits = logits;
     start = cpu_seconds();
     if (rc == 0)
         rc = decode(s, job, &t, err);
     s->token_ms = (cpu_seconds() - start) * 1e3 / STEPS;
-    early = fills - before;
     compact(s, logits, r->logits, STEPS);
-    if (rc == 0)
-        rc = read_kv(s, r, err);
+    if (rc == 0 && fills != s->fills)
+        rc = gen_fail(err, MK_EDEVICE, "epochs started over %d times in the first run", fills - s->fills);
+    return rc ? rc : read_kv(s, r, err);
+}
+
+/* What follows: samplers, and launches that end early. */
+static int play_rest(struct stage *s, struct result *r, struct mk_err *err)
+{
+    static float logits[SAMPLED * MOST_V];
+    const int wraps = strstr(s->world->settings, "epoch0=") != NULL, P = s->world->prompt;
+    int rc = 0;
+
     for (int k = 0; rc == 0 && k < 2; k++) {
-        t = (struct taken) {.token = r->sampled[k]};
-        job = (struct rt_decode) {.token = r->tokens[k], .pos = P + k, .n = SAMPLED, .logits = logits,
-                                  .temperature = kinds[k].temperature, .top_k = kinds[k].top_k,
-                                  .top_p = kinds[k].top_p, .seed = kinds[k].seed};
+        struct taken t = {.token = r->sampled[k]};
+        const struct rt_decode job = {.token = r->tokens[k], .pos = P + k, .n = SAMPLED, .logits = logits,
+                                      .temperature = kinds[k].temperature, .top_k = kinds[k].top_k,
+                                      .top_p = kinds[k].top_p, .seed = kinds[k].seed};
         rc = decode(s, job, &t, err);
         compact(s, logits, r->sampled_logits[k], SAMPLED);
     }
     rc = rc ? rc : play_ends(s, r, err);
-    if (rc == 0 && (early || fills - before != wraps))
-        rc = gen_fail(err, MK_EDEVICE, "epochs started over %d times in the first run and %d times in all",
-                      early, fills - before);
+    if (rc == 0 && fills - s->fills != wraps)
+        rc = gen_fail(err, MK_EDEVICE, "epochs started over %d times", fills - s->fills);
     return rc;
 }
 
@@ -388,15 +398,25 @@ static int compare_oracle(struct stage *s, const struct result *r, char *why, si
     return *why != 0;
 }
 
-static int compare_bits(const struct result *got, const struct result *want, char *why, size_t size)
+static int compare_greedy(const struct result *got, const struct result *want, char *why, size_t size)
 {
     *why = 0;
     if (memcmp(got->kv, want->kv, sizeof got->kv))
         snprintf(why, size, "other KV rows");
     else if (memcmp(got->logits, want->logits, sizeof got->logits))
         snprintf(why, size, "other logits");
-    else if (memcmp(got, want, sizeof *got))
+    else if (memcmp(got->tokens, want->tokens, sizeof got->tokens))
         snprintf(why, size, "other tokens");
+    return *why != 0;
+}
+
+static int compare_rest(const struct result *got, const struct result *want, char *why, size_t size)
+{
+    *why = 0;
+    if (memcmp(got->sampled_logits, want->sampled_logits, sizeof got->sampled_logits))
+        snprintf(why, size, "other logits while sampling");
+    else if (memcmp(got, want, sizeof *got))
+        snprintf(why, size, "other sampled or last tokens");
     return *why != 0;
 }
 
@@ -415,44 +435,46 @@ static void print_replay(const struct world *w, long seed)
     printf("  replay: %s --world %d --first %ld --seeds 1\n", program_invocation_name, (int) (w - worlds), seed);
 }
 
-/* One seed against WANT; 1 and why when it failed. */
+/* What RC of a call, or ThreadSanitizer since there were BEFORE races, has against it; 1 when there is anything. */
+static int explain(struct stage *s, int rc, const struct mk_err *err, int before, char *why, size_t size)
+{
+    const char *report = rt_device_report(rt_engine_device(s->engine));
+
+    *why = 0;
+    if (rc)
+        snprintf(why, size, "%s", *report ? report : err->text);
+    else if (races != before)
+        snprintf(why, size, "%d data races", races - before);
+    return *why != 0;
+}
+
+/* One seed against WANT; 1 and why when it failed.  What comes first is looked at first. */
 static int run_seed(struct stage *s, long seed, const struct result *want, char *why, size_t size)
 {
-    struct rt_device *d = rt_engine_device(s->engine);
     static struct result got;
     struct mk_err err = {0};
     const int before = races;
-    int rc;
+    int rc = stage_renew(s, &err);
 
-    rc = stage_renew(s, &err);
-    rt_device_seed(d, (uint64_t) seed);
-    rc = rc ? rc : play(s, &got, &err);
-    *why = 0;
-    if (rc)
-        snprintf(why, size, "%s", *rt_device_report(d) ? rt_device_report(d) : err.text);
-    else if (races != before)
-        snprintf(why, size, "%d data races", races - before);
-    else
-        compare_bits(&got, want, why, size);
-    return *why != 0;
+    rt_device_seed(rt_engine_device(s->engine), (uint64_t) seed);
+    rc = rc ? rc : play_greedy(s, &got, &err);
+    if (explain(s, rc, &err, before, why, size) || compare_greedy(&got, want, why, size))
+        return 1;
+    rc = play_rest(s, &got, &err);
+    return explain(s, rc, &err, before, why, size) || compare_rest(&got, want, why, size);
 }
 
 /* The calm run, which tells what the bits are; 1 and why when it failed. */
 static int calm_run(struct stage *s, struct result *want, char *why, size_t size)
 {
     struct mk_err err = {0};
-    const int before = races, rc = play(s, want, &err);
+    const int before = races;
+    int rc = play_greedy(s, want, &err);
 
-    *why = 0;
-    if (rc)
-        snprintf(why, size, "%s", *rt_device_report(rt_engine_device(s->engine))
-                                      ? rt_device_report(rt_engine_device(s->engine))
-                                      : err.text);
-    else if (races != before)
-        snprintf(why, size, "%d data races", races - before);
-    else if (!compare_oracle(s, want, why, size))
-        compare_choices(s, want, why, size);
-    return *why != 0;
+    if (explain(s, rc, &err, before, why, size) || compare_oracle(s, want, why, size))
+        return 1;
+    rc = play_rest(s, want, &err);
+    return explain(s, rc, &err, before, why, size) || compare_choices(s, want, why, size);
 }
 
 /* Seeds of one world; the number of failures (at most one: it says enough). */
@@ -499,6 +521,7 @@ static long run_fault(const struct fault *f, long most)
     struct stage s;
     struct mk_err err = {0};
     long seed = 0;
+    const double start = seconds();
     int caught;
 
     if (f->race)
@@ -516,8 +539,8 @@ static long run_fault(const struct fault *f, long most)
     if (opt.verbose)
         printf("%s\n", why);
     why[strcspn(why, "\n")] = 0;
-    printf("%s %-20s %-68s seed %3ld of %3ld: %.80s\n", caught ? "caught" : "FAILED", f->plant.name, f->text, seed,
-           most, caught ? why : "nothing");
+    printf("%s %-22s %-80s seed %3ld of %3ld %5.1f s: %.60s\n", caught ? "caught" : "FAILED", f->plant.name, f->text,
+           seed, most, seconds() - start, caught ? why : "nothing");
     rt_cxx_plant(NULL);
     stage_close(&s);
     return caught ? seed : -1;
@@ -641,6 +664,7 @@ static int run_faults(void)
     int sound = 0, n_races = 0, failed;
 
     choose_faults();
+    setenv("MK_HOST_CXXFLAGS", "-O0", 0); /* most of a fault's time is the compiler's */
     for (int i = 0; chosen[i]; i++) {
         int at = 0;
         while (at < n_races && race_worlds[at] != chosen[i]->world)
