@@ -172,6 +172,7 @@ void mkhost_push(uint32_t dst, const uint32_t *v, uint32_t mbarrier)
     c.bar = find_mbarrier(counting, word);
     if (!c.bar->shown && counting != l->warp->cta)
         misuse("st.async with an mbarrier that no fence.mbarrier_init followed");
+    c.bar->pushed |= counting != l->warp->cta;
     memcpy(c.value, v, sizeof c.value);
     start_bulk(c);
 }

@@ -97,15 +97,16 @@ static int is_known(const struct lane *l, const struct mbarrier *b)
 }
 
 /* test_wait and try_wait (9.7.13.15.16): did the phase of PARITY end?  Both may say so late. */
-_Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
+static _Bool has_ended(struct lane *l, uint64_t *word, uint32_t parity, int of_cluster)
 {
-    struct lane *l = ENTER("mbarrier.test_wait", word);
     struct mbarrier *b = find_mbarrier(l->warp->cta, word);
 
     polled(l, word); /* also when it ended: who asks for it may wait for something else */
     b = find_mbarrier(l->warp->cta, word);
     if ((b->phase & 1) == (parity & 1))
         return 0;
+    if (b->pushed && !of_cluster)
+        misuse("a wait with .acquire.cta, the default, for what another CTA has pushed");
     if (machine.seed && !is_known(l, b) && machine_random(16) == 0) {
         l->polls = 0; /* nothing will change: it must ask again */
         return 0;
@@ -114,6 +115,17 @@ _Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
     l->passed_phase = b->phase;
     acquire(&b->clock[(b->phase - 1) & 1]);
     return 1;
+}
+
+_Bool mkhost_mbarrier_wait(uint64_t *word, uint32_t parity)
+{
+    return has_ended(ENTER("mbarrier.test_wait", word), word, parity, 0);
+}
+
+/* With .acquire.cluster. */
+_Bool mkhost_mbarrier_wait_cluster(uint64_t *word, uint32_t parity)
+{
+    return has_ended(ENTER("mbarrier.try_wait.cluster", word), word, parity, 1);
 }
 
 /* ---- The copy engine: bulk copies (9.7.9.25.4) ---------------------------- */

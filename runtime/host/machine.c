@@ -41,6 +41,14 @@ static void draw_temper(void)
     machine.lazy = machine.seed && machine_random(3) == 0;
     machine.slow_copies = machine.seed && machine_random(4) == 0;
     machine.redraw = machine.seed ? redraws[machine_random(4)] : 0;
+    machine.sleeper = machine.seed && machine_random(3) == 0 ? (int) machine_random(machine.resident) : -1;
+    machine.sleeps_at = 1 + machine_random(1ull << (8 + machine_random(12)));
+}
+
+/* From some moment on a CTA is as late as it can be: it goes on only when no other can. */
+static int sleeps(const struct warp *w)
+{
+    return w->cta->slot == machine.sleeper && machine.steps >= machine.sleeps_at;
 }
 
 /* Some warps run often, some seldom, some only when no other can. */
@@ -49,7 +57,7 @@ static void draw_weights(void)
     static const unsigned weights[] = {0, 1, 1, 4, 4, 16, 64};
 
     for (int i = 0; i < machine.n_warps; i++)
-        machine.warps[i]->weight = machine.redraw ? weights[machine_random(7)] : 1;
+        machine.warps[i]->weight = sleeps(machine.warps[i]) ? 0 : machine.redraw ? weights[machine_random(7)] : 1;
 }
 
 /* ---- Memory --------------------------------------------------------------- */
@@ -453,7 +461,7 @@ void reschedule(void)
             fail_launch("no word changes any more");
             continue;
         }
-        if (machine.redraw && machine.steps % machine.redraw == 0)
+        if ((machine.redraw && machine.steps % machine.redraw == 0) || machine.steps == machine.sleeps_at)
             draw_weights();
         if (!machine.seed)
             while (machine.n_late)

@@ -124,6 +124,7 @@ struct mbarrier {
     uint32_t arrived[WARPS], before[WARPS]; /* lanes that have, in this phase and in the last */
     int fenced; /* the copy engine may come to it */
     int shown;  /* and other CTAs of the cluster may, after their barrier */
+    int pushed; /* one of them has pushed to it */
     char clock[2];
 };
 
@@ -174,6 +175,8 @@ struct machine {
     int quantum, quantum_most;
     unsigned late_rate; /* of 1024: how often what is late happens */
     unsigned redraw;    /* steps between new weights; 0: all the same */
+    int sleeper;        /* slot of a CTA that sleeps from step SLEEPS_AT on, or -1 */
+    uint64_t sleeps_at;
     int lazy;           /* weak stores are seen when a fence says so, or nothing else can go on */
     int slow_copies;    /* copies land when nothing else can go on */
     unsigned calm;      /* of the calm schedule: the warp at work */

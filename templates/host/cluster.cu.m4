@@ -7,6 +7,7 @@ void mkhost_cluster_wait();
 u32 mkhost_cluster_address(u32 shared, u32 rank);
 void mkhost_push(u32 dst, const u32 *v, u32 mbarrier);
 void mkhost_fence_mbarrier_init();
+bool mkhost_mbarrier_wait_cluster(u64 *b, u32 parity);
 void mkhost_wgmma_fence(float *d, u32 sums);
 void mkhost_wgmma(float *d, u32 sums, bool bf16, u64 a, u64 b);
 void mkhost_wgmma_commit();
@@ -22,7 +23,7 @@ static inline void push_word(u32 dst, u32 v0, u32 v1, u32 v2, u32 v3, u32 mbarri
     mkhost_push(dst, v, mbarrier);
 }
 static inline void fence_mbarrier_init() { mkhost_fence_mbarrier_init(); }
-static inline bool mbarrier_try_wait_cluster(u64 *b, u32 parity) { return mkhost_mbarrier_wait(b, parity); }
+static inline bool mbarrier_try_wait_cluster(u64 *b, u32 parity) { return mkhost_mbarrier_wait_cluster(b, parity); }
 
 m4_ifdef({|PLAN_ALL_PRIMS|}, {|static inline u32 cluster_rank() { return mkhost_cluster_rank(); }
 t_if(GPU_ARCH == 90, {|static inline u64 matrix_descriptor(u32 address, u32 leading, u32 stride)
