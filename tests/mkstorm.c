@@ -98,7 +98,7 @@ const char *__tsan_default_suppressions(void)
 const char *__tsan_default_options(void);
 const char *__tsan_default_options(void)
 {
-    return "exitcode=0:history_size=0:report_thread_leaks=0:die_after_fork=0";
+    return "exitcode=0:history_size=2:report_thread_leaks=0:die_after_fork=0";
 }
 
 extern void __sanitizer_set_report_fd(void *fd) __attribute__((weak));
