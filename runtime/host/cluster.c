@@ -173,6 +173,7 @@ void mkhost_push(uint32_t dst, const uint32_t *v, uint32_t mbarrier)
     if (!c.bar->shown && counting != l->warp->cta)
         misuse("st.async with an mbarrier that no fence.mbarrier_init followed");
     c.bar->pushed |= counting != l->warp->cta;
+    c.bar->from[(unsigned) l->warp->cta->index % machine.cluster] += c.bytes;
     memcpy(c.value, v, sizeof c.value);
     start_bulk(c);
 }

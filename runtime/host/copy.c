@@ -39,6 +39,8 @@ static void end_phase(const struct cta *cta, struct mbarrier *b)
     b->pending = b->expected;
     memcpy(b->before, b->arrived, sizeof b->before);
     memset(b->arrived, 0, sizeof b->arrived);
+    memcpy(b->from_before, b->from, sizeof b->from_before);
+    memset(b->from, 0, sizeof b->from);
     changed(b->word);
 }
 

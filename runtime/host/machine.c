@@ -245,6 +245,7 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
         if (start_cta(machine.ctas[i]))
             return -1;
     proxy_forget();
+    machine.launches++;
     machine.name = name;
     machine.entry = entry;
     machine.args = args;

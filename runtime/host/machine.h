@@ -20,7 +20,7 @@
 #pragma GCC visibility push(hidden)
 #define EXPORT __attribute__((visibility("default")))
 
-enum { LANES = 32, WARPS = 32, BARRIERS = 16, MOST_SEEN = 16, MOST_ASKED = 12 };
+enum { LANES = 32, WARPS = 32, BARRIERS = 16, MOST_SEEN = 16, MOST_ASKED = 12, MOST_CLUSTER = 16 };
 
 /* What a host kernel knows of the lane at work (templates/host/language.cu.m4). */
 struct mkhost_place {
@@ -125,6 +125,7 @@ struct mbarrier {
     int fenced; /* the copy engine may come to it */
     int shown;  /* and other CTAs of the cluster may, after their barrier */
     int pushed; /* one of them has pushed to it */
+    uint32_t from[MOST_CLUSTER], from_before[MOST_CLUSTER]; /* bytes that each rank has pushed, as above */
     char clock[2];
 };
 
@@ -144,6 +145,13 @@ struct cta {
     char *proxied; /* shared memory as the async proxy is sure to see it; NULL: not at all */
     uint32_t shown_writes, shown_generation; /* as its lanes' and warps' */
     struct barrier cluster; /* in the CTA of rank 0: that of the cluster */
+};
+
+struct writer { /* of a strong store or a flag, the last one known */
+    const void *at;
+    uint32_t launch;
+    int cta, warp, lane;
+    uint64_t step;
 };
 
 struct bulk { /* a copy of the engine, or a push from another CTA */
@@ -166,6 +174,7 @@ struct machine {
     unsigned grid, block, smem;
     unsigned resident; /* CTAs at once */
     unsigned cluster;  /* CTAs of a cluster; of the next launch, before it */
+    uint32_t launches;
     unsigned next, gone; /* CTAs started; ended */
     struct cta **ctas, *ended; /* ended: to be started again */
     struct warp **warps;
@@ -260,6 +269,9 @@ void settle_all(struct cta *cta);
 
 /* The BYTES at FROM as CTA sees them, whoever is at work. */
 void read_as(const struct cta *cta, void *to, const void *from, uint32_t bytes);
+
+/* Who wrote to P in this launch; NULL: nobody, or it is forgotten. */
+const struct writer *find_writer(const void *p);
 
 /* Stores that the fence of lane L orders are seen by all. */
 void commit_before(struct lane *l);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_PENDING = 512, MOST_STALE = 24, CLOCKS = 1 << 15 };
+enum { MOST_PENDING = 512, MOST_STALE = 24, CLOCKS = 1 << 15, WRITERS = 1 << 14 };
 
 /* ---- Views ---------------------------------------------------------------- */
 
@@ -204,6 +204,28 @@ static void hold_back(struct lane *l, void *p, uint32_t bytes, int strong)
     machine.n_late++;
 }
 
+/* ---- What reports tell ---------------------------------------------------- */
+
+static struct writer *writer_of(const void *p)
+{
+    static struct writer writers[WRITERS];
+
+    return &writers[((uintptr_t) p / 4 * 0x9E3779B97F4A7C15ull >> 40) % WRITERS];
+}
+
+static void remember_writer(const struct lane *l, const void *p)
+{
+    *writer_of(p) = (struct writer) {.at = p, .launch = machine.launches, .cta = l->warp->cta->index,
+                                     .warp = l->warp->index, .lane = (int) (l - l->warp->lanes), .step = machine.steps};
+}
+
+const struct writer *find_writer(const void *p)
+{
+    const struct writer *w = writer_of(p);
+
+    return w->at == p && w->launch == machine.launches ? w : NULL;
+}
+
 /* ---- What ThreadSanitizer is told ----------------------------------------- */
 
 /* The clock that stands for the word at P. */
@@ -285,6 +307,7 @@ void mkhost_store(void *p, const void *v, uint32_t bytes, uint32_t atom, int is_
         if (l->warp->cta->stale[i].address == p) /* it sees its own store, and none before */
             drop_stale(l->warp->cta, i--);
     proxy_wrote(l, p, bytes);
+    remember_writer(l, p);
     for (uint32_t at = 0; machine.seed && at < bytes; at += atom)
         hold_back(l, (char *) p + at, atom, 1);
     memcpy(p, v, bytes);
@@ -330,6 +353,7 @@ uint32_t mkhost_add_release(uint32_t *p, uint32_t v)
     const uint32_t before = enter_atomic(l, p);
 
     progress(l);
+    remember_writer(l, p);
     commit_before(l);
     release(clock_of(p));
     *p = before + v;
@@ -393,6 +417,7 @@ void mkhost_changed(void *p)
 {
     if (*(const uint32_t *) p == machine.now->flag)
         return;
+    remember_writer(machine.now, p);
     progress(machine.now);
     changed(p);
 }

@@ -188,7 +188,35 @@ static void put_lanes(FILE *f, const char *what, const uint32_t *lanes)
     }
 }
 
-static void put_mbarrier(FILE *f, const struct lane *l)
+/* "; WHAT 144 bytes by CTA 0, 16 by CTA 1"; nothing when there are none. */
+static void put_pushes(FILE *f, const char *what, const struct cta *c, const uint32_t *from)
+{
+    const char *sep = what;
+
+    for (unsigned rank = 0; rank < machine.cluster; rank++)
+        if (from[rank]) {
+            fprintf(f, "%s %u bytes by CTA %u", sep, from[rank],
+                    (unsigned) c->index / machine.cluster * machine.cluster + rank);
+            sep = ",";
+        }
+}
+
+/* Who wrote last to the word or flag that L asks for. */
+static void put_writer(FILE *f, const struct lane *l)
+{
+    const struct writer *w = find_writer(l->about);
+
+    if (strcmp(l->doing, "a strong load") && strcmp(l->doing, "a flag"))
+        return;
+    if (w)
+        fprintf(f, "; last written by CTA %d warp %d lane %d in step %llu", w->cta, w->warp, w->lane,
+                (unsigned long long) w->step);
+    else
+        fputs("; not written in this launch", f);
+}
+
+/* 1: L asks for an mbarrier. */
+static int put_mbarrier(FILE *f, const struct lane *l)
 {
     const struct cta *c = l->warp->cta;
     uint32_t missing[WARPS];
@@ -203,7 +231,11 @@ static void put_mbarrier(FILE *f, const struct lane *l)
             missing[w] = b->before[w] & ~b->arrived[w];
         put_lanes(f, "; arrived:", b->arrived);
         put_lanes(f, "; not yet, but in the phase before:", missing);
+        put_pushes(f, "; pushed:", c, b->from);
+        put_pushes(f, "; in the phase before:", c, b->from_before);
+        return 1;
     }
+    return 0;
 }
 
 static void put_wait(FILE *f, const struct lane *l, int lanes)
@@ -227,7 +259,8 @@ static void put_wait(FILE *f, const struct lane *l, int lanes)
         } else if (l->about) {
             fputs(", ", f);
             put_address(f, l, l->about);
-            put_mbarrier(f, l);
+            if (!put_mbarrier(f, l))
+                put_writer(f, l);
         }
     }
     fputs(n ? "\n      " : "", f);
