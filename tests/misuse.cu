@@ -32,6 +32,17 @@ TEST(misuse_barrier)
     __syncthreads();
 }
 
+// Warp 1 waits for another number than warp 0 leaves.
+TEST(misuse_flag)
+{
+    SHARED_MEMORY(Test_shared, m);
+    u32 *flag = (u32 *)m->words;
+    if (threadIdx.x == 3)
+        store_flag(flag, 2);
+    if (threadIdx.x >= 32)
+        await_nothing(flag);
+}
+
 // Of two arrivals one is missing.
 TEST(misuse_arrival)
 {
@@ -245,6 +256,42 @@ CLUSTER_TEST(misuse_init)
                   cluster_address(shared_address(&m->barrier[0]), 0));
     cluster_arrive();
     cluster_wait();
+}
+
+// CTA 0 waits for 16 bytes more than CTA 1 pushes.
+CLUSTER_TEST(misuse_pushes)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect(&m->barrier[0], 32);
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (cluster_rank() == 1 && threadIdx.x == 0)
+        push_word(cluster_address(shared_address(m->bytes), 0), 1, 2, 3, 4,
+                  cluster_address(shared_address(&m->barrier[0]), 0));
+    while (cluster_rank() == 0 && !mbarrier_try_wait_cluster(&m->barrier[0], 0))
+        ;
+}
+
+// A wait for what another CTA has pushed, as for what this one has.
+CLUSTER_TEST(misuse_scope)
+{
+    SHARED_MEMORY(Test_shared, m);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&m->barrier[0], 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect(&m->barrier[0], 16);
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (cluster_rank() == 1 && threadIdx.x == 0)
+        push_word(cluster_address(shared_address(m->bytes), 0), 1, 2, 3, 4,
+                  cluster_address(shared_address(&m->barrier[0]), 0));
+    while (cluster_rank() == 0 && !mbarrier_try_wait(&m->barrier[0], 0))
+        ;
 }
 
 // Warp 1 of CTA 1 does not come to the cluster's barrier.
