@@ -119,7 +119,7 @@ int gen_gpu_default(int arch, struct gen_gpu *out, struct mk_err *err)
 
 int gen_gpu_host(int arch, struct gen_gpu *out)
 {
-    enum { SMS = 4 };
+    enum { SMS = 16 };
     int rc = gen_gpu_default(arch, out, NULL);
 
     if (rc)

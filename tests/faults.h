@@ -232,6 +232,8 @@ static const struct fault {
     {0, 0, 0, "the last group's partial sums are lost",
      {"group-lost", {{"        if (turn + i * LANES < GROUPS && sends_sums(",
                       "        if (turn + i * LANES < GROUPS - 1 && sends_sums(", 1}}}},
+    {15, 0, 0, "of a word's groups each lane adds its first one only",
+     {"groups-lost", {{"        if (turn + i * LANES < GROUPS && sends_sums(", "        if (i == 0 && sends_sums(", 1}}}},
     {0, 0, 0, "the last group's partial sums, read again by lanes without a group, are added again",
      {"group-twice", {{"        if (turn + i * LANES < GROUPS && sends_sums(which, turn + i * LANES))\n", "", 1}}}},
     {10, 0, 0, "partial sums of groups that send none are added",

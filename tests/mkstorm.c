@@ -52,6 +52,9 @@ static const struct world worlds[] = {
     {"tiny-qwen3-e128", "sm_89", "ctas=3 group=3 warps=6 dtype=fp16 tokens_per_launch=1", 63},
     {"tiny-qwen3-e128", "sm_86", "ctas=3 group=1 warps=4", 63},
     {"tiny-qwen3", "sm_90", "ctas=2 group=2 warps=4 chunk_bytes=512 stages=2 dtype=fp16", 63},
+    /* Two clusters of 8; six groups, more than the five lanes that share a word of sums. */
+    {"tiny-smol", "sm_90", "ctas=16 group=8 warps=4 unroll_layers=loop", 1},
+    {"tiny-wide", "sm_80", "ctas=6 group=1 warps=4 unroll_layers=loop", 15},
 };
 enum { WORLDS = sizeof worlds / sizeof *worlds };
 

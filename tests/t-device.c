@@ -371,7 +371,7 @@ static void test_host(const char *told)
     CHECK(rt_device_open("host:sm_75", 7, &d, &err) == 0);
     CHECK(rt_device_open(NULL, 0, &gpu, &err) == 0);
     rt_device_facts(d, &g);
-    CHECK(rt_device_is_host(d) && g.host && g.arch == 75 && g.sms == 4 && g.smem_block == 65536);
+    CHECK(rt_device_is_host(d) && g.host && g.arch == 75 && g.sms == 16 && g.smem_block == 65536);
     CHECK_STR(g.name, "host-sm_75");
     CHECK(rt_device_clock(d) == 0);
     rt_device_facts(gpu, &g);
@@ -459,7 +459,7 @@ static void test_host_session(const char *fake, const char *told)
     rc = rt_session_make(e, 512, &s, &err);
     CHECKF(rc == 0 || rc == MK_ETOOL, "%s", err.text);
     if (rc == 0) {
-        CHECK(rt_session_plan(s)->gpu.host && rt_session_plan(s)->ctas == 4);
+        CHECK(rt_session_plan(s)->gpu.host && rt_session_plan(s)->ctas == 16);
         CHECKF(strstr(told, " 64 cancel word: "), "%s", told);
         pretend("cuStreamSynchronize=719,report=1");
         CHECK(rt_session_prefill(s, (int32_t[]){1, 2, 3}, 3, 0, &done, &err) == MK_EDEVICE);

@@ -99,9 +99,9 @@ static void test_host(void)
         CHECK(gen_gpu_host(*arch, &g) == 0 && gen_gpu_default(*arch, &real, NULL) == 0);
         snprintf(name, sizeof(name), "host-sm_%d", *arch);
         CHECK_STR(g.name, name);
-        CHECK(g.host == 1 && real.host == 0 && g.arch == *arch && g.sms == 4);
+        CHECK(g.host == 1 && real.host == 0 && g.arch == *arch && g.sms == 16);
         CHECK(g.smem_block == real.smem_block && g.mem_gbps == real.mem_gbps);
-        CHECK(g.clusters[0] == 4 && g.clusters[2] == (*arch >= 90) && g.clusters[3] == 0);
+        CHECK(g.clusters[0] == 16 && g.clusters[2] == 4 * (*arch >= 90) && g.clusters[4] == (*arch >= 90));
     }
     CHECK(gen_gpu_host(70, &g) == MK_EUNSUPPORTED);
     CHECK(gen_gpu_host(90, &g) == 0);

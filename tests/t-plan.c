@@ -1096,14 +1096,15 @@ static void test_group_choices(void)
     struct gen_model m;
     struct gen_gpu g;
 
-    check_host("demo", 90, NULL, 4, 2, 1);
-    check_host("demo", 100, NULL, 4, 2, 1);
-    check_host("demo", 80, NULL, 4, 2, 0);
-    check_host("demo", 75, NULL, 4, 2, 0);
-    check_host("demo", 90, SET("group=4"), 4, 4, 1);
+    check_host("demo", 90, NULL, 16, 8, 1);
+    check_host("demo", 100, NULL, 16, 8, 1);
+    check_host("demo", 80, NULL, 16, 8, 0);
+    check_host("demo", 75, NULL, 16, 8, 0);
+    check_host("demo", 90, SET("group=4"), 16, 4, 1);
+    check_host("demo", 90, SET("ctas=4"), 4, 4, 1);
     check_host("demo", 90, SET("ctas=3"), 3, 1, 0);
     check_host("demo", 90, SET("ctas=3", "group=3"), 3, 3, 0);
-    check_host("demo", 90, SET("group=3"), 3, 3, 0);
+    check_host("demo", 90, SET("group=3"), 15, 3, 0);
     check_host("demo", 90, SET("ctas=2"), 2, 2, 1);
     check_host("demo", 90, SET("ctas=1"), 1, 1, 0);
     get("qwen3-0.6b", "h200", &m, &g);

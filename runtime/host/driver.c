@@ -24,7 +24,7 @@ enum { /* CUresult */
     LAUNCH_FAILED = 719
 };
 enum { SLICE = 1500, SLICES = 14 }; /* decisions of the scheduler between two looks of the host */
-enum { VERSION = 13000, SMS = 4 };
+enum { VERSION = 13000, SMS = 16 };
 static const size_t MEMORY = (size_t) 16 << 30;
 
 typedef uint64_t device_pointer;

@@ -84,8 +84,8 @@ static inline unsigned int atomicAdd(unsigned int *p, unsigned int v)
     return before;
 }
 
-// Kernels of toy-qwen3 for sm_90, 4 CTAs.  Written by mkgen 0.1.0; do not edit.
-// Cost per token: 4050944 bytes of weights read, 22 hops, 231320 bytes of shared memory.
+// Kernels of toy-qwen3 for sm_90, 16 CTAs.  Written by mkgen 0.1.0; do not edit.
+// Cost per token: 4050944 bytes of weights read, 22 hops, 219336 bytes of shared memory.
 // Below: shapes, launch arguments, primitives, shared memory, hops, the stages of decode in
 // the order in which they run, decode, the pack kernel, and prefill.
 //
@@ -113,15 +113,15 @@ constexpr int RATIO = H / K; // query heads of a KV head
 
 // ---- Choices of the plan -------------------------------------------------------------
 
-constexpr int CTAS = 4;
-constexpr int GROUP = 2; // CTAs of a group
+constexpr int CTAS = 16;
+constexpr int GROUP = 8; // CTAs of a group
 constexpr int GROUPS = CTAS / GROUP;
 constexpr int WARPS = 8; // that multiply; one more is the producer
 constexpr int THREADS = 256; // of the consumer warps
-constexpr int STAGES = 13; // of the ring
+constexpr int STAGES = 12; // of the ring
 constexpr int STAGE_BYTES = 16384;
-constexpr int INFLIGHT = 13; // chunks on their way at most
-constexpr int INFLIGHT_HOP = 13; // the same while a hop through L2 is awaited
+constexpr int INFLIGHT = 12; // chunks on their way at most
+constexpr int INFLIGHT_HOP = 12; // the same while a hop through L2 is awaited
 constexpr int ROUND = 10; // blocks between two barriers
 constexpr int KV_TILE = 64; // positions of a tile of the KV cache
 constexpr float SOFTMAX_SCALE = 0.180336878f; // log2(e) / sqrt(E): of exp2
@@ -137,8 +137,8 @@ struct Share {
 };
 constexpr int MOST_HEADS = 1; // of any group
 constexpr int MOST_UNITS = 8;
-constexpr u64 LAYERS_OFFSET = 131072; // in a stream, behind the head
-constexpr u64 CTA_BYTES = 1015808; // from one CTA's stream to the next
+constexpr u64 LAYERS_OFFSET = 32768; // in a stream, behind the head
+constexpr u64 CTA_BYTES = 253952; // from one CTA's stream to the next
 
 // Norms and biases, in floats from the layer's start.
 constexpr int VEC_ATTN_NORM = 0;
@@ -156,7 +156,7 @@ constexpr u64 KV_HEAD = 65536; // of a KV head's
 constexpr int HOP_O = 0; // partial sums, for the same rank in all groups
 constexpr int HOP_DOWN = 384;
 constexpr int HOP_BEST = 768; // a candidate of each CTA
-constexpr int HOP_COUNT = 776; // sampler: 2 x [CTAS][16]
+constexpr int HOP_COUNT = 784; // sampler: 2 x [CTAS][16]
 
 static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
@@ -399,6 +399,7 @@ void mkhost_cluster_wait();
 u32 mkhost_cluster_address(u32 shared, u32 rank);
 void mkhost_push(u32 dst, const u32 *v, u32 mbarrier);
 void mkhost_fence_mbarrier_init();
+bool mkhost_mbarrier_wait_cluster(u64 *b, u32 parity);
 void mkhost_wgmma_fence(float *d, u32 sums);
 void mkhost_wgmma(float *d, u32 sums, bool bf16, u64 a, u64 b);
 void mkhost_wgmma_commit();
@@ -414,7 +415,7 @@ static inline void push_word(u32 dst, u32 v0, u32 v1, u32 v2, u32 v3, u32 mbarri
     mkhost_push(dst, v, mbarrier);
 }
 static inline void fence_mbarrier_init() { mkhost_fence_mbarrier_init(); }
-static inline bool mbarrier_try_wait_cluster(u64 *b, u32 parity) { return mkhost_mbarrier_wait(b, parity); }
+static inline bool mbarrier_try_wait_cluster(u64 *b, u32 parity) { return mkhost_mbarrier_wait_cluster(b, parity); }
 
 // ---- Places: who has which weights, and where ----------------------------------------
 
@@ -438,7 +439,7 @@ static __device__ __forceinline__ Share share(int nth, int head0, int heads, int
 
 static __device__ __forceinline__ Share share_of(int group)
 {
-    return share(group - 0, 0, 1, 0, 8, 65536, 98304, 229376, 294912);
+    return share(group - 0, 0, 1, 0, 8, 16384, 24576, 57344, 73728);
 }
 
 // Which group has KV head HEAD, or MLP unit UNIT.
@@ -456,7 +457,7 @@ static __device__ __forceinline__ int group_of_unit(int unit)
 // A rank's pairs of D rows.
 constexpr int PAIRS = 16;
 constexpr int SETS = 1; // of a rank
-constexpr int SET_PAIRS = 8; // of a set at most: one for each warp
+constexpr int SET_PAIRS = 2; // of a set at most: one for each warp
 static __device__ __forceinline__ int rank_pairs(int rank) { return (PAIRS - rank + GROUP - 1) / GROUP; }
 
 // The set of a rank's NTH pair.
@@ -565,7 +566,7 @@ struct Mlp : Phase<1024, 8, 128, 2, 1, 8> {
 };
 
 // Attention output -> residual.
-struct O : Phase<256, 8, 32, 1, 0, 2> {
+struct O : Phase<256, 8, 32, 1, 0, 4> {
     static constexpr int HEAD_UNITS = RATIO * E / 32; // of a KV head's queries
     static __device__ __forceinline__ Block_place rows(int, int block) { return column_place(block); }
     static __device__ __forceinline__ Unit_place columns(int layer, int unit)
@@ -578,7 +579,7 @@ struct O : Phase<256, 8, 32, 1, 0, 2> {
 };
 
 // MLP product -> residual.
-struct Down : Phase<256, 16, 32, 1, 0, 2> {
+struct Down : Phase<256, 16, 32, 1, 0, 8> {
     static __device__ __forceinline__ Block_place rows(int, int block) { return column_place(block); }
     static __device__ __forceinline__ Unit_place columns(int layer, int unit)
     {
@@ -664,7 +665,7 @@ struct Shared {
     alignas(16) float out[WARPS][RATIO][E];
     float top[WARPS][RATIO], mass[WARPS][RATIO];
     alignas(16) half y[MOST_HEADS * RATIO * E]; // attention output: the columns of O
-    alignas(16) float resid[8 * 16]; // residual stream, the rows of this rank
+    alignas(16) float resid[2 * 16]; // residual stream, the rows of this rank
     float part_sums[2][WARPS][ROUND * 8]; // dot products of one round
     float sum[WARPS]; // block_sum
     Word best[WARPS];
@@ -679,7 +680,7 @@ struct Shared {
     u32 chunk[WARPS]; // the next one that a warp takes
     int fed, index; // token in this launch: of the producer, of the consumers
 };
-static_assert(sizeof(Shared) <= 231320, "the plan's shared memory is too small");
+static_assert(sizeof(Shared) <= 219336, "the plan's shared memory is too small");
 
 #define S ((Shared *)mkhost_now->shared)
 
@@ -1719,7 +1720,7 @@ static __device__ __forceinline__ void await_columns(int which, int layer, int u
 // weights are read before x is awaited.
 static __device__ __noinline__ void columns(int which, int layer)
 {
-    constexpr bool EARLY = 2 > 1; // elsewhere registers are too few
+    constexpr bool EARLY = 8 > 1; // elsewhere registers are too few
     constexpr int SPAN = O::SPAN_UNITS > Down::SPAN_UNITS ? O::SPAN_UNITS : Down::SPAN_UNITS;
     constexpr int FIT = STAGES < 8 ? 2 : 4, CHUNKS = FIT * SPAN <= 8 ? FIT : SPAN <= 4 ? 2 : 1; // at once
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = my_rank();
