@@ -22,7 +22,7 @@ struct gen_gpu {
 int gen_gpu_read(const char *where, struct gen_gpu *out, struct mk_err *err);
 /* The default profile of an architecture (90 -> h200).  Returns 0 or MK_EUNSUPPORTED. */
 int gen_gpu_default(int arch, struct gen_gpu *out, struct mk_err *err);
-/* The emulated GPU of an architecture, "host-sm_90": its default profile with 4 SMs.
+/* The emulated GPU of an architecture, "host-sm_90": its default profile with 16 SMs.
    Returns 0 or MK_EUNSUPPORTED. */
 int gen_gpu_host(int arch, struct gen_gpu *out);
 /* "sm_90", "sm_90a" or "90" -> 90.  Returns 0 or MK_EUNSUPPORTED (lists what we know). */

@@ -634,6 +634,7 @@ static int run_storm(void)
 }
 
 static const struct fault *chosen[FAULTS + 1], *chosen_sound[FAULTS]; /* the second: without races */
+static int n_chosen;
 
 static long fault_seeds(const struct fault *f)
 {
@@ -648,12 +649,11 @@ static int fault_job(int i)
 static void choose_faults(void)
 {
     const int race_detector = dlsym(RTLD_DEFAULT, "__tsan_init") != NULL;
-    int n = 0;
 
     for (size_t i = 0; i < FAULTS; i++)
         if (opt.fault ? !strcmp(opt.fault, faults[i].plant.name) : faults[i].race == race_detector)
-            chosen[n++] = &faults[i];
-    if (opt.fault && !n) {
+            chosen[n_chosen++] = &faults[i];
+    if (opt.fault && !n_chosen) {
         fprintf(stderr, "mkstorm: there is no fault \"%s\" (--list)\n", opt.fault);
         exit(2);
     }
@@ -784,6 +784,6 @@ int main(int argc, char **argv)
     if (!opt.faults)
         return run_storm() != 0;
     failed = run_faults();
-    printf("faults: %d failed\n", failed);
+    printf("faults: %d planted, %d failed\n", n_chosen, failed);
     return failed != 0;
 }
