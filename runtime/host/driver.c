@@ -24,7 +24,7 @@ enum { /* CUresult */
     LAUNCH_FAILED = 719
 };
 enum { SLICE = 1500, SLICES = 14 }; /* decisions of the scheduler between two looks of the host */
-enum { VERSION = 13000, SMS = 16 };
+enum { VERSION = 13000, SMS = 16, AT_ONCE = 4 }; /* AT_ONCE: CTAs of a grid that is not cooperative */
 static const size_t MEMORY = (size_t) 16 << 30;
 
 typedef uint64_t device_pointer;
@@ -153,7 +153,7 @@ int cuLaunchKernel(struct function *f, unsigned gx, unsigned gy, unsigned gz, un
                    unsigned bz, unsigned smem, void *stream, void **params, void **extra)
 {
     (void) gy, (void) gz, (void) by, (void) bz, (void) stream, (void) extra;
-    return launch(f, gx, bx, smem, SMS, f->cluster, params);
+    return launch(f, gx, bx, smem, AT_ONCE, f->cluster, params);
 }
 
 struct config { /* CUlaunchConfig */
@@ -173,7 +173,7 @@ struct config { /* CUlaunchConfig */
 int cuLaunchKernelEx(const struct config *c, struct function *f, void **params, void **extra)
 {
     enum { COOPERATIVE = 2, CLUSTER_DIMENSION = 4 };
-    unsigned cluster = f->cluster, resident = SMS;
+    unsigned cluster = f->cluster, resident = AT_ONCE;
 
     (void) extra;
     for (unsigned i = 0; i < c->n_attributes; i++) {
