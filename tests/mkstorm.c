@@ -55,6 +55,8 @@ static const struct world worlds[] = {
     /* Two clusters of 8; six groups, more than the five lanes that share a word of sums. */
     {"tiny-smol", "sm_90", "ctas=16 group=8 warps=4 unroll_layers=loop", 1},
     {"tiny-wide", "sm_80", "ctas=6 group=1 warps=4 unroll_layers=loop", 15},
+    /* As small as can be, for ThreadSanitizer. */
+    {"tiny-llama", "sm_75", "ctas=1 warps=4 stages=4", 2},
 };
 enum { WORLDS = sizeof worlds / sizeof *worlds };
 
