@@ -16,6 +16,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <xxhash.h>
+
 #define MAX_WORDS 64
 #define OBJECT    "kernel.so"
 
@@ -69,14 +71,27 @@ static const char *sanitizer(void)
 #define FLAGS "-std=c++17 -O1 -g -fPIC -shared -fno-strict-aliasing -fno-omit-frame-pointer " \
               "-ffp-contract=off -w"
 
+/* What the fault does to a kernel's text, as a number. */
+static uint64_t fault_hash(void)
+{
+    uint64_t hash = 0;
+
+    for (int i = 0; plant && i < RT_PLANT_EDITS && plant->edit[i].old; i++) {
+        hash = XXH3_64bits_withSeed(plant->edit[i].old, strlen(plant->edit[i].old), hash);
+        hash = XXH3_64bits_withSeed(plant->edit[i].new, strlen(plant->edit[i].new), hash);
+    }
+    return hash;
+}
+
 char *rt_cxx_options(void)
 {
     const char *more = getenv("MK_HOST_CXXFLAGS");
-    char *text, *out, *rest = NULL;
+    char *text, *out, *rest = NULL, fault[128] = "";
     size_t n = 0;
 
-    if (asprintf(&text, "%s " FLAGS " %s %s%s %s", compiler(), sanitizer(),
-                 plant ? "-DMK_FAULT=" : "", plant ? plant->name : "", more ? more : "") < 0)
+    if (plant)
+        snprintf(fault, sizeof fault, "-DMK_FAULT=%.64s-%016llx", plant->name, (unsigned long long) fault_hash());
+    if (asprintf(&text, "%s " FLAGS " %s %s %s", compiler(), sanitizer(), fault, more ? more : "") < 0)
         return NULL;
     out = malloc(strlen(text) + 2);
     for (char *w = out ? strtok_r(text, blanks, &rest) : NULL; w; w = strtok_r(NULL, blanks, &rest))

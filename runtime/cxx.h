@@ -28,7 +28,8 @@ int rt_cxx_compile(const char *src, const char *name, const char *options, unsig
 enum { RT_PLANT_EDITS = 4 };
 
 struct rt_plant {
-    const char *name;       /* [A-Za-z0-9_-]; stands in the options, and so in the cache key */
+    const char *name;       /* [A-Za-z0-9_-]; stands in the options, and so in the cache key,
+                               beside a hash of the edits */
     struct {
         const char *old;    /* text of the kernel; NULL: no more edits */
         const char *new;    /* what stands in its place */

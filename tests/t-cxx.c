@@ -248,7 +248,7 @@ static void test_faults(void)
     check_plant(&empty, MK_ECOMPILE, "fault empty: its text is not in the kernel 0 times but 0: ");
     rt_cxx_plant(&one);
     options = rt_cxx_options();
-    CHECK(options && strstr(options, " -DMK_FAULT=one"));
+    CHECK(options && strstr(options, " -DMK_FAULT=one-"));
     free(options);
     rt_cxx_plant(NULL);
     options = rt_cxx_options();

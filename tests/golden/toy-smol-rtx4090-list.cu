@@ -1,5 +1,5 @@
 // Kernels of toy-smol for sm_89, 128 CTAs.  Written by mkgen 0.1.0; do not edit.
-// Cost per token: 3038208 bytes of weights read, 22 hops, 96616 bytes of shared memory.
+// Cost per token: 3038208 bytes of weights read, 22 hops, 94764 bytes of shared memory.
 // Below: shapes, launch arguments, primitives, shared memory, hops, the stages of decode in
 // the order in which they run, decode, the pack kernel, and prefill.
 //
@@ -28,14 +28,15 @@ constexpr int RATIO = H / K; // query heads of a KV head
 // ---- Choices of the plan -------------------------------------------------------------
 
 constexpr int CTAS = 128;
+constexpr int PREFILL_CTAS = 128;
 constexpr int GROUP = 8; // CTAs of a group
 constexpr int GROUPS = CTAS / GROUP;
-constexpr int WARPS = 8; // that multiply; one more is the producer
+constexpr int WARPS = 8; // that multiply; two more keep the ring full
 constexpr int THREADS = 256; // of the consumer warps
 constexpr int STAGES = 10; // of the ring
 constexpr int STAGE_BYTES = 8192;
-constexpr int INFLIGHT = 6; // chunks on their way at most
-constexpr int INFLIGHT_HOP = 2; // the same while a hop through L2 is awaited
+constexpr int INFLIGHT = 8; // chunks on their way at most
+constexpr int INFLIGHT_HOP = 4; // the same while a hop through L2 is awaited
 constexpr int ROUND = 10; // blocks between two barriers
 constexpr int KV_TILE = 32; // positions of a tile of the KV cache
 constexpr float SOFTMAX_SCALE = 0.180336878f; // log2(e) / sqrt(E): of exp2
@@ -50,9 +51,9 @@ struct Share {
     int o, mlp, down, layer; // layer: all of it
 };
 constexpr int MOST_HEADS = 1; // of any group
-constexpr int MOST_UNITS = 2;
+constexpr int MOST_UNITS = 1;
 constexpr u64 LAYERS_OFFSET = 3072; // in a stream, behind the head
-constexpr u64 CTA_BYTES = 43008; // from one CTA's stream to the next
+constexpr u64 CTA_BYTES = 67584; // from one CTA's stream to the next
 
 // Norms and biases, in floats from the layer's start.
 constexpr int VEC_ATTN_NORM = 0;
@@ -70,11 +71,11 @@ constexpr u64 KV_HEAD = 65536; // of a KV head's
 constexpr int HOP_QKV = 0; // inside a group: q, k, v
 constexpr int HOP_PART = 1152; // attention of one CTA's positions, its maximum and sum
 constexpr int HOP_MLP = 4352;
-constexpr int HOP_X = 4736; // x, behind O and behind DOWN
-constexpr int HOP_O = 9088; // partial sums, for the same rank in all groups
-constexpr int HOP_DOWN = 11392;
-constexpr int HOP_BEST = 13696; // a candidate of each CTA
-constexpr int HOP_COUNT = 13824; // sampler: 2 x [CTAS][16]
+constexpr int HOP_X = 4544; // x, behind O and behind DOWN
+constexpr int HOP_O = 8896; // partial sums, for the same rank in all groups
+constexpr int HOP_DOWN = 11200;
+constexpr int HOP_BEST = 13504; // a candidate of each CTA
+constexpr int HOP_COUNT = 13632; // sampler: 2 x [CTAS][16]
 
 static __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
@@ -298,7 +299,7 @@ static __device__ __forceinline__ void prefetch_l2(const void *p)
     asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
 }
 
-// Barrier of the first THREADS threads; the producer warp takes no part.
+// Barrier of the first THREADS threads; the others take no part.
 static __device__ __forceinline__ void consumer_barrier()
 {
     asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");
@@ -399,10 +400,8 @@ static __device__ __forceinline__ Share share(int nth, int head0, int heads, int
 static __device__ __forceinline__ Share share_of(int group)
 {
     if (group < 3)
-        return share(group - 0, 0, 1, 0, 0, 9216, 13312, 13312, 13312);
-    if (group < 13)
-        return share(group - 3, 3, 0, 0, 1, 0, 0, 6144, 8192);
-    return share(group - 13, 3, 0, 10, 2, 0, 0, 6144, 10240);
+        return share(group - 0, 0, 1, 0, 1, 9216, 13312, 19456, 21504);
+    return share(group - 3, 3, 0, 3, 1, 0, 0, 6144, 8192);
 }
 
 // Which group has KV head HEAD, or MLP unit UNIT.
@@ -414,11 +413,9 @@ static __device__ __forceinline__ int group_of_head(int head)
 
 static __device__ __forceinline__ int group_of_unit(int unit)
 {
-    if (unit < 0)
+    if (unit < 3)
         return 0 + (unit - 0) / 1;
-    if (unit < 10)
-        return 3 + (unit - 0) / 1;
-    return 13 + (unit - 10) / 2;
+    return 3 + (unit - 3) / 1;
 }
 
 // A rank's pairs of D rows.
@@ -546,7 +543,7 @@ struct O : Phase<192, 6, 24, 1, 0, 2> {
 };
 
 // MLP product -> residual.
-struct Down : Phase<192, 16, 24, 1, 0, 2> {
+struct Down : Phase<192, 16, 24, 1, 0, 1> {
     static __device__ __forceinline__ Block_place rows(int, int block) { return column_place(block); }
     static __device__ __forceinline__ Unit_place columns(int layer, int unit)
     {
@@ -626,12 +623,13 @@ struct Shared {
     alignas(16) half act[MOST_UNITS * 32]; // MLP product: the columns of DOWN
     alignas(16) float qkv[MOST_HEADS][RATIO + 2][E];
     alignas(16) float squares[2][GROUP * WARPS][4]; // of the residual, a part of each warp: [0] of the 4
-    alignas(16) float unguess[2]; // 1 / the factor with which x was sent
+    alignas(16) float unguess[2], factor[2]; // 1 / the factor with which x was sent; what its products lack
     // Attention: normed, rotated queries; this position's key and value; what each warp has found.
     alignas(16) half q[MOST_HEADS * RATIO][E];
-    alignas(128) half now[MOST_HEADS][2][E * 8]; // the first of 8 rows; the others are not read
+    alignas(16) half now[MOST_HEADS][2][E];
     alignas(16) float out[WARPS][RATIO][E];
     float top[WARPS][RATIO], mass[WARPS][RATIO];
+    float score[RATIO]; // this position's, of each query
     alignas(16) half y[MOST_HEADS * RATIO * E]; // attention output: the columns of O
     alignas(16) float resid[2 * 16]; // residual stream, the rows of this rank
     float part_sums[2][WARPS][ROUND * 8]; // dot products of one round
@@ -643,11 +641,12 @@ struct Shared {
     u32 hold; // a hop through L2 is awaited: keep fewer chunks in flight
     u32 done; // the consumers have left
     u32 canceled; // the host's word, in CTA 0
-    u32 filled, landed; // producer: chunks before these are on their way, have arrived
+    u32 filled, landed; // chunks before these are on their way, have arrived
+    u32 end; // the last chunk of the launch is before this, when the producer has brought it
     u32 chunk[WARPS]; // the next one that a warp takes
     int fed, index; // token in this launch: of the producer, of the consumers
 };
-static_assert(sizeof(Shared) <= 96616, "the plan's shared memory is too small");
+static_assert(sizeof(Shared) <= 94764, "the plan's shared memory is too small");
 
 extern __shared__ Shared S[];
 
@@ -852,46 +851,48 @@ struct Unit {
 typedef Head Rows; // q, k, v, the MLP and the head all have D columns
 static_assert(Rows::UNITS == Qkv::UNITS && Rows::UNITS == Mlp::UNITS && Rows::SPANS == Qkv::SPANS && Rows::SPANS == Mlp::SPANS, "columns");
 
-// This warp's units of x: every WARPS-th.
+// This warp's units, every WARPS-th, of a span of columns that has UNITS.
 template <int UNITS>
-struct Warp_x {
+struct Span {
     static constexpr int MINE = (UNITS + WARPS - 1) / WARPS;
-    uint4 unit[MINE];
+    static __device__ __forceinline__ bool has(int i) { return (i + 1) * WARPS <= UNITS || i * WARPS + (int)threadIdx.x / 32 < UNITS; }
+};
+
+// Of x.
+template <int UNITS>
+struct Span_x : Span<UNITS> {
+    uint4 unit[Span<UNITS>::MINE];
 
     __device__ __forceinline__ void load(const half *x)
     {
         #pragma unroll
-        for (int i = 0; i < MINE; i++)
+        for (int i = 0; i < Span<UNITS>::MINE; i++)
             unit[i] = load_x(x, min(i * WARPS + (int)threadIdx.x / 32, UNITS - 1));
     }
 };
 
-// SUM += this warp's units of pairs of blocks: the first pair in chunks CHUNK and CHUNK + 1, and so on; with HALF
-// there is one block, taken twice.  When they have been read, READY(x) sees to it that x is there.
-template <int UNITS, int PAIRS_AT_ONCE, bool HALF, class Ready>
-static __device__ __forceinline__ void multiply_chunks(float (&sum)[PAIRS_AT_ONCE][2][4], u32 chunk, Warp_x<UNITS> &x, Ready ready)
-{
-    constexpr int MINE = Warp_x<UNITS>::MINE;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 at = warp * 512 + lane / 16 * 128 + lane % 8 * 16;
-    Unit unit[PAIRS_AT_ONCE][MINE];
-    wait_landed(chunk + (HALF ? 1 : PAIRS_AT_ONCE * 2));
-    #pragma unroll
-    for (int p = 0; p < PAIRS_AT_ONCE; p++) {
-        const u32 from = shared_address(S->ring[(chunk + p * 2 + (HALF ? 0 : lane / 8 % 2)) % STAGES]) + at;
+// Of two blocks of weights, in chunks CHUNK and CHUNK + 1; with HALF of one, taken twice.
+template <int UNITS>
+struct Span_weights : Span<UNITS> {
+    Unit unit[Span<UNITS>::MINE];
+
+    template <bool HALF>
+    __device__ __forceinline__ void load(u32 chunk)
+    {
+        const int lane = threadIdx.x % 32;
+        const u32 from = shared_address(S->ring[(chunk + (HALF ? 0 : lane / 8 % 2)) % STAGES])
+                         + threadIdx.x / 32 * 512 + lane / 16 * 128 + lane % 8 * 16;
         #pragma unroll
-        for (int i = 0; i < MINE; i++) // a warp that has no unit i reads its last one again
-            unit[p][i].load(from + ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS ? i : max(i - 1, 0)) * WARPS * 512);
+        for (int i = 0; i < Span<UNITS>::MINE; i++) // a warp that has no unit i reads its last one again
+            unit[i].load(from + (this->has(i) ? i : max(i - 1, 0)) * WARPS * 512);
     }
-    ready(x);
-    #pragma unroll
-    for (int i = 0; i < MINE; i++)
-        if ((i + 1) * WARPS <= UNITS || i * WARPS + warp < UNITS)
-            #pragma unroll
-            for (int p = 0; p < PAIRS_AT_ONCE; p++)
-                unit[p][i].multiply(sum[p], x.unit[i]);
-    release_chunks(chunk, HALF ? 1 : PAIRS_AT_ONCE * 2);
-}
+    // SUM += these by X, unit I.
+    __device__ __forceinline__ void multiply(float (&sum)[2][4], const Span_x<UNITS> &x, int i) const
+    {
+        if (this->has(i))
+            unit[i].multiply(sum, x.unit[i]);
+    }
+};
 
 // This warp's sums of a pair, to PART[warp][row].
 template <int BLOCKS>
@@ -905,38 +906,72 @@ static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], floa
     }
 }
 
-// Multiply the next N blocks, whose columns are one chunk each, by x.
+// Multiply the next N blocks, whose columns are one chunk each, by x.  When they have been read, READY(x) sees to it
+// that x is there.
 template <int N, class Ready>
-static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Warp_x<Rows::UNITS> &x, float *part, Ready ready)
+static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Span_x<Rows::UNITS> &x, float *part, Ready ready)
 {
     constexpr int PAIRS_AT_ONCE = (N + 1) / 2;
     float sum[PAIRS_AT_ONCE][2][4] = {};
-    multiply_chunks<Rows::UNITS, PAIRS_AT_ONCE, N == 1>(sum, chunk, x, ready);
+    Span_weights<Rows::UNITS> weights[PAIRS_AT_ONCE];
+    wait_landed(chunk + N);
+    #pragma unroll
+    for (int p = 0; p < PAIRS_AT_ONCE; p++)
+        weights[p].template load<N == 1>(chunk + p * 2);
+    ready(x);
+    #pragma unroll
+    for (int i = 0; i < Span<Rows::UNITS>::MINE; i++)
+        #pragma unroll
+        for (int p = 0; p < PAIRS_AT_ONCE; p++)
+            weights[p].multiply(sum[p], x, i);
+    release_chunks(chunk, N);
     #pragma unroll
     for (int p = 0; p < PAIRS_AT_ONCE; p++)
         leave_sums<N == 1 ? 1 : 2>(sum[p], part + p * 16);
     return chunk + N;
 }
 
+// SUM += N blocks (1 or 2) side by side, TOGETHER spans of UNITS each of them, by X.
+template <int UNITS, int N, int TOGETHER>
+static __device__ __forceinline__ u32 multiply_spans(float (&sum)[2][4], u32 chunk, const half *x)
+{
+    float part[TOGETHER][2][4] = {};
+    Span_weights<UNITS> weights[TOGETHER];
+    Span_x<UNITS> mine[TOGETHER];
+    wait_landed(chunk + N * TOGETHER);
+    #pragma unroll
+    for (int t = 0; t < TOGETHER; t++) {
+        weights[t].template load<N == 1>(chunk + t * N);
+        mine[t].load(x + t * UNITS * 32);
+    }
+    #pragma unroll
+    for (int i = 0; i < Span<UNITS>::MINE; i++)
+        #pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            weights[t].multiply(part[t], mine[t], i);
+    release_chunks(chunk, N * TOGETHER);
+    #pragma unroll
+    for (int i = 0; i < 8; i++)
+        #pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            sum[i / 4][i % 4] += part[t][i / 4][i % 4];
+    return chunk + N * TOGETHER;
+}
+
 // Multiply the next N blocks (1 or 2), whose columns are several chunks, side by side, by x.
 template <int N>
 static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half *x, float *part)
 {
-    constexpr int LAST = Rows::UNITS - (Rows::SPANS - 1) * Rows::SPAN_UNITS; // units of the last chunk
-    float sum[1][2][4] = {};
-    #pragma unroll
-    for (int span = 0; span < Rows::SPANS - 1; span++, chunk += N) {
-        Warp_x<Rows::SPAN_UNITS> some;
-        multiply_chunks<Rows::SPAN_UNITS, 1, N == 1>(sum, chunk, some, [&](Warp_x<Rows::SPAN_UNITS> &to) {
-            to.load(x + span * Rows::SPAN_UNITS * 32);
-        });
-    }
-    Warp_x<LAST> rest;
-    multiply_chunks<LAST, 1, N == 1>(sum, chunk, rest, [&](Warp_x<LAST> &to) {
-        to.load(x + (Rows::SPANS - 1) * Rows::SPAN_UNITS * 32);
-    });
-    leave_sums<N>(sum[0], part);
-    return chunk + N;
+    constexpr int SPAN = Rows::SPAN_UNITS, LAST = Rows::UNITS - (Rows::SPANS - 1) * SPAN; // units
+    constexpr int TOGETHER = 1;
+    float sum[2][4] = {};
+    #pragma unroll 1
+    for (int span = 0; span < Rows::SPANS - (TOGETHER == 1); span += TOGETHER)
+        chunk = multiply_spans<SPAN, N, TOGETHER>(sum, chunk, x + span * SPAN * 32);
+    if (TOGETHER == 1)
+        chunk = multiply_spans<LAST, N, 1>(sum, chunk, x + (Rows::SPANS - 1) * SPAN * 32);
+    leave_sums<N>(sum, part);
+    return chunk;
 }
 
 // Multiply N blocks by x, from chunk CHUNK on; sums go to PART[warp][row].  The first weights are read before AWAIT
@@ -955,14 +990,14 @@ static __device__ __forceinline__ u32 multiply_round(u32 chunk, const half *x, i
             chunk = multiply_long_blocks<2>(chunk, x, part + i * 8);
         return n % 2 ? multiply_long_blocks<1>(chunk, x, part + (n - 1) * 8) : chunk;
     }
-    Warp_x<Rows::UNITS> mine;
-    const auto nothing = [](Warp_x<Rows::UNITS> &) {};
+    Span_x<Rows::UNITS> mine;
+    const auto nothing = [](Span_x<Rows::UNITS> &) {};
     int i = 0;
     if (is_ready)
         mine.load(x);
     #pragma unroll 1
     for (; STAGES >= 8 && i + 4 <= n; i += 4)
-        chunk = multiply_blocks<4>(chunk, mine, part + i * 8, [&](Warp_x<Rows::UNITS> &to) {
+        chunk = multiply_blocks<4>(chunk, mine, part + i * 8, [&](Span_x<Rows::UNITS> &to) {
             if (!EARLY || is_ready)
                 return;
             await();
@@ -1001,8 +1036,15 @@ static __device__ __forceinline__ float inverse_rms(int which)
     return rsqrtf(warp_sum(sum) * (1.0f / D) + EPS);
 }
 
-// What products of x[WHICH], whose inverse_rms is INVERSE, are still to be multiplied by.
-static __device__ __forceinline__ float x_factor(int which, float inverse) { return inverse * S->unguess[which]; }
+// What products of x[WHICH] are still to be multiplied by: one warp finds it while the others multiply.
+static __device__ __forceinline__ void find_factor(int which)
+{
+    if (threadIdx.x / 32 == WARPS - 1) {
+        const float factor = inverse_rms(which) * S->unguess[which];
+        if (threadIdx.x % 32 == 0)
+            S->factor[which] = factor;
+    }
+}
 
 // The sum of VALUE over all consumer threads, in every one of them.
 static __device__ __forceinline__ float block_sum(float value)
@@ -1145,7 +1187,9 @@ static __device__ __noinline__ void add_norm(int layer, int which, int weight)
         give_blocks(x_hop(which), tag, 2, r * w * guess, at);
     }
     hold(0);
-    squares = warp_sum(squares);
+    #pragma unroll
+    for (int i = 8; i; i /= 2)
+        squares += __shfl_xor_sync(~0u, squares, i); // lanes 0 .. 15 have some
     if (lane == 0)
         store_word(x_hop(which) + PAIRS * 6 + rank * WARPS + warp, __float_as_uint(squares), 0, 0, tag);
 }
@@ -1208,14 +1252,14 @@ struct Head_values {
             b[i] *= scale * weight.b[i];
         }
     }
-    // As halves; each 8 of them STRIDE after the last 8.
-    __device__ __forceinline__ void store(half *to, int stride, float scale) const
+    // As halves.
+    __device__ __forceinline__ void store(half *to, float scale) const
     {
         #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             const int e = threadIdx.x % 32 + i * 32;
-            to[e / 8 * stride + e % 8] = to_half(a[i] * scale);
-            to[(e + E / 2) / 8 * stride + e % 8] = to_half(b[i] * scale);
+            to[e] = to_half(a[i] * scale);
+            to[e + E / 2] = to_half(b[i] * scale);
         }
     }
     // By the angles whose cosines and sines are ROPE[E/2][2].
@@ -1265,8 +1309,7 @@ static __device__ __forceinline__ void attn_rows(int pos, const Attention_consta
         if (which < 1) { // not a value
             x.rotate(c.rope);
         }
-        x.store(which < 0 ? S->q[head * RATIO + j] : S->now[head][which], which < 0 ? 8 : 64,
-                which < 0 ? SOFTMAX_SCALE : 1.0f);
+        x.store(which < 0 ? S->q[head * RATIO + j] : S->now[head][which], which < 0 ? SOFTMAX_SCALE : 1.0f);
     }
 }
 
@@ -1277,24 +1320,24 @@ static __device__ __forceinline__ void attn_keep(half *cache, int pos)
     for (int i = threadIdx.x; i < mine.heads * 2 * (E / 8); i += THREADS) {
         const int head = i / (2 * (E / 8)), which = i / (E / 8) % 2, e = i % (E / 8) * 8;
         *late((uint4 *)(cache + (mine.head0 + head) * KV_HEAD + which * KV_VALUE + kv_at(pos, e))) =
-            *(const uint4 *)(S->now[head][which] + e * 8);
+            *(const uint4 *)(S->now[head][which] + e);
     }
 }
 
 // One warp's sums for up to 8 query heads: columns of the mma, whose rows are positions, then
 // dimensions.  A lane has heads lane % 4 * 2 and + 1.
 struct Attention {
-    u32 q[E / 8];
+    u32 q[E / 32][4];
     float out[E / 16][4], top[2], mass[2]; // dimensions lane / 4, + 8 of each 16; mass: of the lane's positions
 
     // QUERIES: of the first head; HEADS of them.
     __device__ __forceinline__ void start(const half *queries, int heads)
     {
-        const int lane = threadIdx.x % 32, head = lane / 4;
-        const u32 *from = (const u32 *)(queries + min(head, heads - 1) * E) + lane % 4;
+        const int lane = threadIdx.x % 32;
+        const u32 from = shared_address(queries + min(lane % 8, heads - 1) * E) + lane / 8 * 16;
         #pragma unroll
-        for (int i = 0; i < E / 8; i++)
-            q[i] = from[i * 4];
+        for (int i = 0; i < E / 32; i++)
+            ldmatrix(q[i], from + i * 64);
         #pragma unroll
         for (int i = 0; i < E / 16; i++)
             out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
@@ -1310,13 +1353,13 @@ struct Attention {
         return lane / 4 % 2 ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
     }
 
-    // Attend to 16 positions whose keys and values lie at KEYS and VALUES, the second 8 STRIDE behind the first; those
-    // from COUNT on are not there: what lies in their place may not even be numbers.
-    __device__ __forceinline__ void attend(u32 keys, u32 values, int stride, int count)
+    // Attend to 16 positions whose keys and values lie at KEYS and VALUES; those from COUNT on are not there: what
+    // lies in their place may not even be numbers.
+    __device__ __forceinline__ void attend(u32 keys, u32 values, int count)
     {
         const int lane = threadIdx.x % 32, even = lane % 4 * 2;
-        const u32 key_at = keys + lane / 8 % 2 * stride + lane / 16 * 128 + lane % 8 * 16;
-        const u32 value_at = values + lane / 16 * stride + lane / 8 % 2 * 128 + lane % 8 * 16;
+        const u32 key_at = keys + lane / 8 % 2 * (E * 16) + lane / 16 * 128 + lane % 8 * 16;
+        const u32 value_at = values + lane / 16 * (E * 16) + lane / 8 % 2 * 128 + lane % 8 * 16;
         const u32 there[2] = {(even < count ? 0xffff : 0) | (even + 1 < count ? 0xffff0000 : 0),
                               (even + 8 < count ? 0xffff : 0) | (even + 9 < count ? 0xffff0000 : 0)};
         float s[2][4] = {};
@@ -1324,7 +1367,7 @@ struct Attention {
         for (int i = 0; i < E / 16; i++) {
             u32 key[4];
             ldmatrix(key, key_at + i * 256);
-            mma(s[i % 2], key[0], key[1], key[2], key[3], q[i * 2], q[i * 2 + 1]);
+            mma(s[i % 2], key[0], key[1], key[2], key[3], q[i / 2][i % 2 * 2], q[i / 2][i % 2 * 2 + 1]);
         }
         float p[2][2], keep[2]; // [head][position]
         #pragma unroll
@@ -1378,22 +1421,49 @@ struct Attention {
     }
 };
 
-// The warp that attends to this position itself, in the rank that has its tile: the next one behind those
-// that have cached positions, or the last.
-static __device__ __forceinline__ int now_warp(int pos) { return min(my_tiles(pos) * (KV_TILE / 16), WARPS - 1); }
+// Tiles that the warps of a CTA attend to at once, 16 positions each.
+constexpr int PARTS = KV_TILE / 16; // of a tile
+constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PARTS : 1;
+
+// The first warps, which have cached positions before POS.
+static __device__ __forceinline__ int attending_warps(int pos)
+{
+    const int before = my_tiles(pos) - 1; // tiles, all of whose positions are cached; of the last one:
+    const int cached = max(0, pos - (my_rank() + before * GROUP) * KV_TILE);
+    return before < 0 ? 0 : min(TURN * PARTS, before * PARTS + min(PARTS, (cached + 15) / 16));
+}
+
+// What each query of HEAD makes of this position itself; the last warps have the fewest others.
+static __device__ __forceinline__ void attn_now(int head)
+{
+    #pragma unroll 1
+    for (int query = WARPS - 1 - threadIdx.x / 32; query < RATIO; query += WARPS) {
+        const half *q = S->q[head * RATIO + query], *key = S->now[head][0];
+        float sum = 0.0f;
+        #pragma unroll
+        for (int i = 0; i < E / 64; i++) {
+            const u32 a = *(const u32 *)(q + i * 64 + threadIdx.x % 32 * 2);
+            const u32 b = *(const u32 *)(key + i * 64 + threadIdx.x % 32 * 2);
+            sum += low(a) * low(b) + high(a) * high(b);
+        }
+        sum = warp_sum(sum);
+        if (threadIdx.x % 32 == 0)
+            S->score[query] = sum;
+    }
+}
 
 // Each warp attends to its share of this CTA's tiles of head HEAD of the group, from chunk CHUNK on, 16 positions
 // at a time, and leaves its sums.  Returns the next chunk.
 static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
 {
-    constexpr int PARTS = KV_TILE / 16, QUERIES = (RATIO + 7) / 8; // 16 positions; 8 query heads
-    constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PARTS : 1; // tiles at once
+    constexpr int QUERIES = (RATIO + 7) / 8; // 8 query heads
     const int warp = threadIdx.x / 32, tiles = my_tiles(pos), part = warp % PARTS, mine = warp / PARTS;
-    const bool is_last = pos / KV_TILE % GROUP == my_rank() && warp == now_warp(pos);
+    const bool attends = warp < attending_warps(pos);
     Attention a[QUERIES];
-    #pragma unroll
-    for (int i = 0; i < QUERIES; i++)
-        a[i].start(S->q[head * RATIO + i * 8], min(RATIO - i * 8, 8));
+    if (attends)
+        #pragma unroll
+        for (int i = 0; i < QUERIES; i++)
+            a[i].start(S->q[head * RATIO + i * 8], min(RATIO - i * 8, 8));
     #pragma unroll 1
     for (int tile = 0; tile < tiles; tile += TURN) {
         const int n = min(TURN, tiles - tile); // this warp takes tile MINE of these
@@ -1403,17 +1473,14 @@ static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
         if (mine < n && first < pos)
             #pragma unroll
             for (int i = 0; i < QUERIES; i++)
-                a[i].attend(shared_address(keys), shared_address(keys + KV_VALUE * 2), E * 16, pos - first);
+                a[i].attend(shared_address(keys), shared_address(keys + KV_VALUE * 2), pos - first);
         release_chunks(chunk, n);
         chunk += n;
     }
-    if (is_last)
+    if (attends)
         #pragma unroll
         for (int i = 0; i < QUERIES; i++)
-            a[i].attend(shared_address(S->now[head][0]), shared_address(S->now[head][1]), 0, 1);
-    #pragma unroll
-    for (int i = 0; i < QUERIES; i++)
-        a[i].leave(i * 8, min(RATIO - i * 8, 8));
+            a[i].leave(i * 8, min(RATIO - i * 8, 8));
     return chunk;
 }
 
@@ -1424,26 +1491,40 @@ static __device__ __forceinline__ Word *part_hop(int rank)
     return S->args.exchange + HOP_PART + (my_group() * GROUP + rank) * (MOST_HEADS * RATIO * PART_WORDS);
 }
 
-// Merge what the first warps, WARPS of them, have left for the queries of HEAD, and send it to all ranks.
-static __device__ __forceinline__ void attn_send(int head, u32 tag, int warps)
+// Merge what the first warps, WARPS of them, have left for the queries of HEAD, and what HAS_NOW says is here of this
+// position; send it to all ranks.
+static __device__ __forceinline__ void attn_send(int head, u32 tag, int warps, bool has_now)
 {
     constexpr int VALUES = 3, WORDS = E / 8 * 3;
     #pragma unroll 1
     for (int i = threadIdx.x; i < RATIO * WORDS ; i += THREADS) {
         const int query = i / WORDS % RATIO, word = i % WORDS;
         const int e = word_first(word);
-        float best = -1e30f, sum = 0.0f, out[VALUES] = {};
-        #pragma unroll 4
-        for (int w = 0; w < warps; w++)
-            best = fmaxf(best, S->top[w][query]);
-        #pragma unroll 4
-        for (int w = 0; w < warps; w++) {
-            const float scale = exp2_approx(S->top[w][query] - best);
-            sum += S->mass[w][query] * scale;
+        float best = has_now ? S->score[query] : -1e30f, sum = 0.0f, out[VALUES] = {}, top[WARPS];
+        alignas(16) float values[WARPS][VALUES];
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++) { // all that may be there is read at once
+            top[w] = w < warps ? S->top[w][query] : -1e30f;
+            best = fmaxf(best, top[w]);
             #pragma unroll
             for (int v = 0; v < VALUES; v++)
-                out[v] += S->out[w][query][min(e + v, E - 1)] * scale;
+                values[w][v] = S->out[w][query][min(e + v, E - 1)];
         }
+        if (has_now) {
+            sum = exp2_approx(S->score[query] - best);
+            #pragma unroll
+            for (int v = 0; v < VALUES; v++)
+                out[v] = low(S->now[head][1][min(e + v, E - 1)]) * sum;
+        }
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            if (w < warps) {
+                const float scale = exp2_approx(top[w] - best);
+                sum += S->mass[w][query] * scale;
+                #pragma unroll
+                for (int v = 0; v < VALUES; v++)
+                    out[v] += values[w][v] * scale;
+            }
         Word *to = part_hop(my_rank()) + (head * RATIO + query) * PART_WORDS;
         store_word(to + word, __float_as_uint(out[0]), __float_as_uint(out[1]), __float_as_uint(out[2]), tag);
         if (word == 0)
@@ -1465,14 +1546,17 @@ static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
     if (!my_tiles(pos))
         return;
     attn_rows(pos, constants);
+    const bool has_now = pos / KV_TILE % GROUP == my_rank();
     #pragma unroll 1
     for (int head = 0; head < heads; head++) {
         consumer_barrier(); // queries and this position's row are there; what the warps left has been sent
+        if (has_now)
+            attn_now(head);
         chunk = attn_head(chunk, head, pos);
         consumer_barrier();
-        attn_send(head, layer_tag(layer), now_warp(pos) + 1);
+        attn_send(head, layer_tag(layer), attending_warps(pos), has_now);
     }
-    if (pos / KV_TILE % GROUP == my_rank())
+    if (has_now)
         attn_keep(S->args.kv + layer_cache, pos);
     take_chunks(chunk);
 }
@@ -1625,13 +1709,12 @@ static __device__ __noinline__ Best rows(int what, int layer, int bias)
     const int blocks = what == QKV_ROWS ? Qkv::mine() : what == MLP_ROWS ? Mlp::mine() : Head::mine();
     Best best = {-infinity(), V, 0};
     bool is_ready = which && !layer; // the embedding's
-    float inverse;
     const auto await = [&] {
         await_x(which, layer - which);
-        inverse = inverse_rms(which);
+        find_factor(which);
     };
     if (is_ready)
-        inverse = inverse_rms(which);
+        find_factor(which);
     else if (!blocks) // who sends what comes next has waited for x of all ranks
         await();
     u32 chunk = my_chunk();
@@ -1642,7 +1725,7 @@ static __device__ __noinline__ Best rows(int what, int layer, int bias)
         chunk = multiply_round(chunk, S->x[0], n, part, is_ready, await);
         is_ready = true;
         consumer_barrier();
-        const float factor = x_factor(which, inverse);
+        const float factor = S->factor[which];
         if (what == QKV_ROWS)
             finish_qkv(layer, bias, first, n, part, factor);
         else if (what == MLP_ROWS)
@@ -1656,18 +1739,16 @@ static __device__ __noinline__ Best rows(int what, int layer, int bias)
 
 // ---- Matrices that are split by columns: each warp has its own rows ------------------
 
-// To the same rank in all groups: this group's part of a pair of D rows, which lanes 4 r have, rows r
-// and r + 8.
+// To the same rank in all groups: this group's part of a pair of D rows, of which lane l has rows l / 4 and
+// l / 4 + 8.
 static __device__ __forceinline__ void send_pair(Word *hop, int pair, u32 tag, const float (&sum)[2])
 {
     const int word = threadIdx.x % 32 % 6; // three rows
+    const float mine = threadIdx.x % 2 ? sum[1] : sum[0];
     float v[3];
     #pragma unroll
-    for (int i = 0; i < 3; i++) {
-        const int from = (word % 3 * 3 + i & 7) * 4;
-        const float a = __shfl_sync(~0u, sum[0], from), b = __shfl_sync(~0u, sum[1], from);
-        v[i] = word < 3 ? a : b;
-    }
+    for (int i = 0; i < 3; i++)
+        v[i] = __shfl_sync(~0u, mine, (word % 3 * 3 + i & 7) * 4 + word / 3);
     if (threadIdx.x % 32 < 6)
         store_word(hop + (pair * GROUPS + my_group()) * 6 + word, __float_as_uint(v[0]), __float_as_uint(v[1]),
                    __float_as_uint(v[2]), tag);
@@ -1901,54 +1982,73 @@ static __device__ __noinline__ void sample(Best best)
     grid_best(best, tag + 17);
 }
 
-// ---- Decode: the producer warp -------------------------------------------------------
+// ---- Decode: the producer and the teller ---------------------------------------------
 
-// The producer warp keeps the ring full of this CTA's stream, across phases, layers and tokens.
-// What it has brought so far is in S->filled and S->landed, which no one else writes.
-// On sm_90 and later one lane does it all; before, the warp's lanes share the copies, and go by what lane 0 sees.
-static __device__ __forceinline__ bool is_producer() { return threadIdx.x >= THREADS; }
+// Two warps keep the ring full of this CTA's stream, across phases, layers and tokens: the producer brings
+// chunks, and the teller tells the consumers which have landed.  On sm_90 and later one lane of the producer does
+// it all; before, its lanes share the copies, and go by what lane 0 sees.
+static __device__ __forceinline__ bool is_producer() { return threadIdx.x >= THREADS && threadIdx.x < THREADS + 32; }
 static __device__ __forceinline__ u32 of_lane0(u32 value) { return __shfl_sync(~0u, value, 0); }
 static __device__ __forceinline__ void sync_producer() { __syncwarp(); }
+static __device__ __forceinline__ bool is_teller() { return threadIdx.x >= THREADS + 32; }
 
-// Tell the consumers which chunks have landed, of those before chunk FILLED.
-static __device__ __forceinline__ u32 count_landed(u32 filled)
+// The teller: lane i looks at the i-th chunk from the first one that has not landed.  More lanes would keep the
+// consumers from shared memory.
+static __device__ __forceinline__ void tell_landed()
 {
-    const u32 before = S->landed;
-    u32 landed = before;
-    while (landed < filled && gate_landed(&S->full[landed % STAGES], landed / STAGES))
-        landed++;
-    landed = of_lane0(landed);
-    sync_producer();
-    if (threadIdx.x % 32 == 0 && landed != before)
-        publish_flag(&S->landed, landed);
-    sync_producer();
-    return landed;
-}
-
-// Bring the next BYTES as chunk CHUNK, when its stage is free and few enough chunks are on their
-// way.  Returns false when the consumers have left.
-static __device__ __forceinline__ bool fill(u32 chunk, const unsigned char *src, int bytes)
-{
-    const int stage = chunk % STAGES;
-    for (;;) { // no watchdog: what holds the consumers up, they report themselves
-        const u32 landed = count_landed(chunk);
-        const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
-        const bool go = chunk - landed < most && gate_free(&S->free[stage], chunk / STAGES);
-        if (of_lane0(load_flag(&S->done)))
-            return false;
-        if (of_lane0(go))
-            break;
+    constexpr u32 AHEAD = STAGES < 4 ? STAGES : 4;
+    const u32 lane = threadIdx.x % 32;
+    u32 landed = 0, polls = 0;
+    bool more = true;
+    while (more) {
+        const u32 chunk = landed + lane;
+        const bool has = lane < AHEAD && gate_landed(&S->full[chunk % STAGES], chunk / STAGES);
+        const u32 n = __ffs(~__ballot_sync(~0u, has)) - 1;
+        __syncwarp();
+        landed += n;
+        if (lane == 0 && n)
+            publish_flag(&S->landed, landed);
+        if (n == 0 && ++polls % 16 == 0)
+            more = landed != __shfl_sync(~0u, load_flag(&S->end), 0);
     }
-    gate_fill(&S->full[stage], S->ring[stage], src, bytes);
-    return true;
 }
 
-// The producer's next chunk, when its warp has got there.
-static __device__ __forceinline__ void set_filled(u32 chunk)
+// May the producer fill the stage of CHUNK: is it free, and are few enough chunks on their way?
+static __device__ __forceinline__ bool may_fill(u32 chunk)
 {
+    const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
+    if (chunk - load_flag(&S->landed) >= most)
+        return false;
+    return gate_free(&S->free[chunk % STAGES], chunk / STAGES);
+}
+
+// What one chunk is copied from.
+struct Piece {
+    const unsigned char *src;
+    int bytes;
+};
+
+// Bring N chunks: PIECE(i).  When the consumers have left, there are no more tokens to feed.
+template <class Place>
+static __device__ __forceinline__ void feed(int n, Place piece)
+{
+    u32 chunk = S->filled;
+    bool is_done = S->fed >= S->args.n;
     sync_producer();
-    if (threadIdx.x % 32 == 0)
+    #pragma unroll 1
+    for (int i = 0; i < n && !is_done; i++) {
+        while (!is_done && !of_lane0(may_fill(chunk))) // no watchdog: what holds the consumers up, they report themselves
+            is_done = of_lane0(load_flag(&S->done));
+        if (!is_done) {
+            const Piece from = piece(i);
+            gate_fill(&S->full[chunk % STAGES], S->ring[chunk % STAGES], from.src, from.bytes);
+            chunk++;
+        }
+    }
+    if (threadIdx.x % 32 == 0) {
         S->filled = chunk;
+        S->fed = is_done ? S->args.n : S->fed;
+    }
     sync_producer();
 }
 
@@ -1960,55 +2060,45 @@ static __device__ __forceinline__ const unsigned char *my_layer(const Share &min
     return my_stream() + LAYERS_OFFSET + (u64)layer * mine.layer;
 }
 
-// Bring N chunks of BYTES each, the last of LAST, that lie STRIDE bytes apart from SRC on; while the consumers are
-// here.
-static __device__ __noinline__ void feed(const unsigned char *src, u64 stride, int bytes, int n, int last)
+// Bring BLOCKS blocks, whose rows are all columns of x; of several chunks each, two blocks side by side.
+static __device__ __noinline__ void feed_rows(const unsigned char *src, int blocks)
 {
-    u32 chunk = S->filled;
-    #pragma unroll 1
-    for (int i = 0; i < n && fill(chunk, src + i * stride, i == n - 1 ? last : bytes); i++)
-        chunk++;
-    set_filled(chunk);
-}
-
-// Bring BLOCKS blocks, whose rows are all columns of x.
-static __device__ __forceinline__ void feed_rows(const unsigned char *src, int blocks)
-{
-    constexpr int SPAN = Head::SPAN_UNITS * 512, LAST = Head::BLOCK_BYTES - (Head::SPANS - 1) * SPAN;
-    if (Head::SPANS == 1)
-        feed(src, SPAN, SPAN, blocks, SPAN);
-    for (int i = 0; Head::SPANS > 1 && i < blocks; i += 2) { // two blocks side by side, as far as there are two
-        const int n = min(2, blocks - i);
-        for (int span = 0; span < Head::SPANS; span++) {
-            const int bytes = span < Head::SPANS - 1 ? SPAN : LAST;
-            feed(src + (u64)i * Head::BLOCK_BYTES + span * SPAN, Head::BLOCK_BYTES, bytes, n, bytes);
-        }
-    }
+    constexpr int SPANS = Head::SPANS, SPAN = Head::SPAN_UNITS * 512, LAST = Head::BLOCK_BYTES - (SPANS - 1) * SPAN;
+    feed(blocks * SPANS, [&](int i) -> Piece {
+        const int first = i / (SPANS * 2) * 2, in = i - first * SPANS, sides = first + 1 < blocks ? 2 : 1;
+        const int span = in / sides, block = first + in % sides;
+        return SPANS == 1 ? Piece{src + (u64)i * SPAN, SPAN}
+                          : Piece{src + (u64)block * Head::BLOCK_BYTES + span * SPAN, span < SPANS - 1 ? SPAN : LAST};
+    });
 }
 
 // Bring UNITS units of my pairs of rows, SPAN at a time.
-static __device__ __forceinline__ void feed_columns(const unsigned char *src, int units, int span)
+static __device__ __noinline__ void feed_columns(const unsigned char *src, int units, int span)
 {
     Set set = {0, 0};
     #pragma unroll 1
     for (int i = 0; units && i < SETS; i++) {
         set = set_of(my_rank(), set.first + set.pairs);
         const int bytes = span * set.pairs * 1024, n = (units + span - 1) / span;
-        feed(src, bytes, bytes, n, (units - (n - 1) * span) * set.pairs * 1024);
+        const int last = (units - (n - 1) * span) * set.pairs * 1024;
+        feed(n, [&](int chunk) -> Piece { return {src + (u64)chunk * bytes, chunk < n - 1 ? bytes : last}; });
         src += units * set.pairs * 1024;
     }
 }
 
 // My tiles of the cache of each of the group's heads.  The rows before this token are there: a whole
 // token's chunks, more than the ring has, went through it since the last one was written.
-static __device__ __forceinline__ void feed_kv(const Share &mine, int layer)
+static __device__ __noinline__ void feed_kv(int layer)
 {
+    const Share mine = share_of(my_group());
     const int tiles = my_tiles(S->args.pos + S->fed);
     #pragma unroll 1
-    for (int head = 0; head < mine.heads; head++)
-        feed((const unsigned char *)(S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD
-                                     + (u64)my_rank() * KV_TILE_ELEMS),
-             GROUP * KV_TILE_ELEMS * 2, KV_TILE_ELEMS * 2, tiles, KV_TILE_ELEMS * 2);
+    for (int head = 0; head < mine.heads; head++) {
+        const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_rank() * KV_TILE_ELEMS;
+        feed(tiles, [&](int tile) -> Piece {
+            return {(const unsigned char *)(cache + (u64)tile * (GROUP * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
+        });
+    }
 }
 
 static __device__ __noinline__ void feed_layer(int layer)
@@ -2016,7 +2106,7 @@ static __device__ __noinline__ void feed_layer(int layer)
     const Share mine = share_of(my_group());
     const unsigned char *src = my_layer(mine, layer);
     feed_rows(src, Qkv::mine());
-    feed_kv(mine, layer);
+    feed_kv(layer);
     feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS);
     feed_rows(src + mine.mlp, Mlp::mine());
     feed_columns(src + mine.down, mine.units, Down::SPAN_UNITS);
@@ -2027,13 +2117,6 @@ static __device__ __noinline__ void look_for_cancel()
 {
     if (blockIdx.x == 0 && threadIdx.x % 32 == 0)
         store_flag(&S->canceled, load_system(S->args.cancel));
-}
-
-// Nothing may arrive after the CTA has gone.
-static __device__ __noinline__ void drain()
-{
-    while (count_landed(S->filled) < S->filled)
-        ;
 }
 
 static __device__ __forceinline__ void produce()
@@ -2048,8 +2131,11 @@ static __device__ __forceinline__ void produce()
         if (threadIdx.x % 32 == 0)
             S->fed++;
         sync_producer();
-    } while (S->fed < S->args.n && !of_lane0(load_flag(&S->done)));
-    drain();
+    } while (S->fed < S->args.n);
+    if (threadIdx.x % 32 == 0)
+        store_flag(&S->end, S->filled);
+    while (of_lane0(load_flag(&S->landed)) != S->filled) // nothing may arrive after the CTA has gone
+        ;
 }
 
 // ---- Decode: one token ---------------------------------------------------------------
@@ -2128,6 +2214,7 @@ static __device__ __forceinline__ void start(const mk_args &args)
     if (threadIdx.x == 0) {
         S->args = args;
         S->hold = S->done = S->canceled = S->filled = S->landed = S->fed = S->index = 0;
+        S->end = ~0u;
         for (int i = 0; i < WARPS; i++)
             S->chunk[i] = 0;
         for (int i = 0; i < STAGES; i++)
@@ -2140,12 +2227,14 @@ static __device__ __forceinline__ void start(const mk_args &args)
 // Run up to args.n tokens from args.token at position args.pos on, feeding each token back; or
 // those of args.tokens, when it is given.  No value lives across a call here: the stages have all
 // registers to themselves, and nothing is spilled.
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+extern "C" __global__ void __launch_bounds__(320, 1)
 mk_decode(const __grid_constant__ mk_args args)
 {
     start(args);
     if (threadIdx.x >= THREADS) {
-        if (is_producer())
+        if (is_teller())
+            tell_landed();
+        else if (is_producer())
             produce();
     } else {
         do {
@@ -2348,7 +2437,7 @@ static __device__ __noinline__ void prefill_norm(int vec)
 {
     const int warp = threadIdx.x / 32;
     #pragma unroll 1
-    for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS)
+    for (int token = warp * PREFILL_CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * PREFILL_CTAS)
         prefill_norm_row(token, G->args.vec + vec);
 }
 
@@ -2357,7 +2446,7 @@ static __device__ __noinline__ void prefill_embed()
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     #pragma unroll 1
-    for (int token = warp * CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * CTAS) {
+    for (int token = warp * PREFILL_CTAS + blockIdx.x; token < G->args.n; token += PREFILL_WARPS * PREFILL_CTAS) {
         const int id = G->args.tokens[token];
         float *row = prefill_resid() + (u64)token * D;
         #pragma unroll 4
@@ -2405,7 +2494,7 @@ typedef Tile<64, 8, 64, 2, 2, MOST_STAGES> Middle;
 template <class P>
 struct Narrow_blocks {
     static constexpr int FIT = (WORK_BYTES / 4 / 512 - 16) / 8, MOST = (FIT < 2 ? 2 : FIT > 8 ? 8 : FIT) / P::STEP;
-    static constexpr int MINE = (P::BLOCKS / P::STEP + CTAS - 1) / CTAS, ROUNDS = (MINE + MOST - 1) / MOST;
+    static constexpr int MINE = (P::BLOCKS / P::STEP + PREFILL_CTAS - 1) / PREFILL_CTAS, ROUNDS = (MINE + MOST - 1) / MOST;
     static constexpr int BLOCKS = (MINE + ROUNDS - 1) / ROUNDS * P::STEP;
 };
 template <class P> using Narrow = Tile<16, Narrow_blocks<P>::BLOCKS, 256, 1, 1, MOST_STAGES>;
@@ -2536,7 +2625,7 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, in
     const int wm = warp % T::WM, wn = warp / T::WM % T::WN, wk = warp / (T::WM * T::WN);
     const int token_tiles = (G->args.n + T::TOKENS - 1) / T::TOKENS, tiles = tile_count<T>(last - first);
     #pragma unroll 1
-    for (int tile = blockIdx.x; tile < tiles; tile += CTAS) {
+    for (int tile = blockIdx.x; tile < tiles; tile += PREFILL_CTAS) {
         const int token0 = tile % token_tiles * T::TOKENS, block0 = first + tile / token_tiles * T::BLOCKS;
         const int token = token0 + wm * (T::M16 * 16) + lane / 4, block = block0 + wn * T::N8;
         Tile_source<P, T> source(x, layer, token0, block0);
@@ -2584,11 +2673,11 @@ static __device__ __forceinline__ void multiply_tiles(const unsigned char *x, in
     }
 }
 
-// With few tokens: bring bytes FROM .. TO-1 of LAYER, in this CTA's stream, as near as L2.
+// With few tokens: bring bytes FROM .. TO-1 of LAYER, in the stream of decode's CTA of this number, as near as L2.
 static __device__ __forceinline__ void read_ahead(int layer, const Share &mine, int from, int to)
 {
     const unsigned char *at = G->args.stream + blockIdx.x * CTA_BYTES + LAYERS_OFFSET + (u64)layer * mine.layer;
-    if (G->args.n <= FEW_TOKENS)
+    if (G->args.n <= FEW_TOKENS && blockIdx.x < CTAS)
         for (int i = from + threadIdx.x * 64; i < to; i += PREFILL_THREADS * 64)
             prefetch_l2(at + i);
 }
@@ -2599,8 +2688,8 @@ template <class P, class Read, class Write>
 static __device__ __forceinline__ void multiply_rows(const unsigned char *x, int layer, int first, int last,
                                                      Read read, Write write)
 {
-    const int wide = (tile_count<Wide>(last - first) + CTAS - 1) / CTAS;
-    const int middle = (tile_count<Middle>(last - first) + CTAS - 1) / CTAS;
+    const int wide = (tile_count<Wide>(last - first) + PREFILL_CTAS - 1) / PREFILL_CTAS;
+    const int middle = (tile_count<Middle>(last - first) + PREFILL_CTAS - 1) / PREFILL_CTAS;
     if (G->args.n <= Narrow<P>::TOKENS)
         multiply_tiles<P, Narrow<P>>(x, layer, first, last, read, write);
     else if (middle * 7 < wide * 20)
@@ -2660,7 +2749,7 @@ static __device__ __noinline__ void prefill_rotate(int layer_vec, u64 layer_cach
     half *cache = G->args.kv + layer_cache;
     const int batches = (H + 2 * K - first + BATCH - 1) / BATCH, tasks = G->args.n * batches;
     #pragma unroll 1
-    for (int task = warp * CTAS + blockIdx.x; task < tasks; task += PREFILL_WARPS * CTAS) {
+    for (int task = warp * PREFILL_CTAS + blockIdx.x; task < tasks; task += PREFILL_WARPS * PREFILL_CTAS) {
         const int token = task / batches, head0 = first + task % batches * BATCH, pos = G->args.pos + token;
         const float *raw = prefill_raw() + (u64)token * ((H + 2 * K) * E);
         Head_values x[BATCH];
@@ -2858,8 +2947,8 @@ static __device__ __noinline__ void prefill_attn(u64 layer_cache)
     const int tiles = (rows + FLASH_ROWS - 1) / FLASH_ROWS;
     const u32 work = shared_address(G->work);
     #pragma unroll 1
-    for (int round = 0; round * CTAS < tiles * K; round++) {
-        const int task = round * CTAS + (round % 2 ? CTAS - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    for (int round = 0; round * PREFILL_CTAS < tiles * K; round++) {
+        const int task = round * PREFILL_CTAS + (round % 2 ? PREFILL_CTAS - 1 - (int)blockIdx.x : (int)blockIdx.x);
         if (task >= tiles * K)
             continue;
         const int head = task % K, tile0 = (tiles - 1 - task / K) * FLASH_ROWS, first = tile0 + warp * 16;
@@ -2952,47 +3041,47 @@ static __device__ __forceinline__ void prefill()
 
     read_ahead(0, mine, 0, mine.o);
     prefill_embed();
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
 
     // layer 00
     prefill_qkv(0, 0, 384);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_rotate(0, 0, 0);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_attn(0);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_o(0);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_norm(192);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_mlp(0);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_down(0);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_norm(384);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
 
     // layer 01
     prefill_qkv(1, 0, 768);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_rotate(384, 196608, 0);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_attn(196608);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_o(1);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_norm(576);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_mlp(1);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_down(1);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_norm(768);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
 
     // layer 02
     prefill_qkv(2, H * E / 8, 1152);
-    grid_barrier(count += CTAS);
+    grid_barrier(count += PREFILL_CTAS);
     prefill_rotate(768, 393216, H);
 }
 
