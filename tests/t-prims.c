@@ -242,6 +242,17 @@ static char *report_of(struct place *p, const struct misuse *m, int seed, const 
     return report;
 }
 
+/* The same but for addresses of global memory, which the system chooses. */
+static int same_report(const char *a, const char *b)
+{
+    while (*a && *a == *b) {
+        const int is_address = !strncmp(a, "0x", 2);
+        a += is_address ? 2 + strspn(a + 2, "0123456789abcdef") : 1;
+        b += is_address ? 2 + strspn(b + 2, "0123456789abcdef") : 1;
+    }
+    return *a == *b;
+}
+
 /* What lands in time may be no misuse: the first seeds do not all find it. */
 static void test_misuse(struct place *p, const struct misuse *m, const unsigned char *image, size_t size)
 {
@@ -260,7 +271,7 @@ static void test_misuse(struct place *p, const struct misuse *m, const unsigned 
     CHECKF(found, "%s, seed %d: it says\n%s", m->name, seed, report);
     if (found) {
         again = report_of(p, m, seed - 1, image, size);
-        CHECKF(!strcmp(report, again), "%s, seed %d: it says\n%sand then\n%s", m->name, seed - 1, report, again);
+        CHECKF(same_report(report, again), "%s, seed %d: it says\n%sand then\n%s", m->name, seed - 1, report, again);
         free(again);
     }
     free(report);

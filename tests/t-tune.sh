@@ -59,7 +59,7 @@ has '^ctas=1 .* better$' out
 has '^best, again ' out
 has '^mktune: found a better plan after [0-9]* s; wrote best.plan$' err
 [ "$(wc -l <err)" = 1 ] || fail "more than one line on stderr: $(cat err)"
-for line in 'Plan of tiny-llama on host-sm_90, found by mktune' 'gpu: host sm_90, sm_90, 4 SMs' \
+for line in 'Plan of tiny-llama on host-sm_90, found by mktune' 'gpu: host sm_90, sm_90, 16 SMs' \
     'driver: CUDA [0-9]' 'date: 20[0-9-]*T[0-9:]*Z$' 'mkgen: [0-9.]*, templates [0-9a-f]*$' \
     'position 1: [0-9.]* tok/s with the default plan, [0-9.]* with this one (+' \
     'position 20: ' 'candidates: [0-9]* measured, [1-9]' 'command: mktune .* -o best.plan$'; do
