@@ -1990,8 +1990,7 @@ static __device__ __forceinline__ u32 of_lane0(u32 value) { return __shfl_sync(~
 static __device__ __forceinline__ void sync_producer() { __syncwarp(); }
 static __device__ __forceinline__ bool is_teller() { return threadIdx.x >= THREADS + 32; }
 
-// The teller: lane i looks at the i-th chunk from the first one that has not landed.  More lanes would keep the
-// consumers from shared memory.
+// The teller: lane i looks at the i-th chunk from the first one that has not landed, until there are no more.
 static __device__ __forceinline__ void tell_landed()
 {
     constexpr u32 AHEAD = STAGES < 4 ? STAGES : 4;
