@@ -6,8 +6,11 @@
        max(work, (bytes - those in the ring) / rate)
 
    The producer brings bytes all the time, until the ring is full; what came during one stage is
-   there for the next.  A hop ends a latency after the last of those that send has come to it: the
-   CTAs of a group wait for each other five times in a layer, and all groups twice.
+   there for the next.  The rate is what the chunks in flight bring, and no more than the CTA's
+   share of the memory.  A hop ends a latency after the last of those that send has come to it: the
+   CTAs of a group wait for each other five times in a layer, and all groups twice.  Through L2 the
+   latency is longer the more is in flight, which is nothing where rings are full; and while such a
+   hop is awaited, fewer chunks are let in flight.
 
    CTAs of one rank in groups of one class do the same: one *lane* stands for all of them. */
 #include "config.h"
@@ -31,66 +34,72 @@
 struct rates {
     const char *gpu;       /* profile */
     double read_gbps;      /* mkbench's "read bandwidth", 1e9 bytes a second */
-    double clock_mhz;      /* of an SM while decode runs: mkbench's column MHz */
+    double clock_mhz;      /* cycles of a token's stages / its time */
+    double slowest;        /* part of its share of read_gbps that the slowest CTA gets */
     double cta_bytes;      /* a cycle: what the ring of one CTA takes in at most */
     double smem_bytes;     /* a cycle: what one CTA multiplies from its ring */
     double latency_ns;     /* from the start of a copy until it has landed */
     double hop_cluster_ns; /* over distributed shared memory */
-    double hop_l2_ns;      /* through L2 */
+    double hop_l2_ns;      /* through L2, nothing else in flight */
+    double hop_queue;      /* part of what is in flight that a hop through L2 stands behind */
 };
 
 /* h200, 2026-11-21:
-   read_gbps       4507 to 4512 in README.md's runs.
-   cta_bytes       KV tiles of Qwen3-0.6B 16.8 (position 32000 against 3900: 109 tiles of 16 KiB in
-                   106,500 cycles of a layer), its head 14.6; 15.5 is nearest to the tokens of all
-                   models of tests/t-predict.c.  No CTA was seen to take in more, although all of
-                   them together would get 19.  Why is not known.
-   smem_bytes      fitted, not measured: q, k, v of Qwen3-0.6B, 128 KiB, in what 3000 cycles leave.
-   latency_ns      a stopwatch kernel, one chunk of 8 KiB in flight in 128 CTAs: 1.5 TB/s.
+   read_gbps       4500 to 4700 in the runs of tests/t-predict.c.
+   clock_mhz       inferred: the stages of Qwen3-0.6B with timing=on add up to 811,000 cycles at
+                   position 1 and 867,000 at 1024, in 459 and 489 us.  Why it is not the 1980 of
+                   the column MHz is not known.
+   slowest         fitted to models that wait for memory, which come out 12 % too fast without it.
+                   0.6B's head says 0.89: a CTA ends after 114,000 cycles in the mean, and NEXT
+                   takes 13,700 longer than in SmolLM2-135M.
+   cta_bytes       fitted: position 32600 of 0.6B, whose KV tiles 64 CTAs read at 30 or more.
+   smem_bytes      what shared memory gives; NOTEBOOK.md: 490 cycles for 64 KiB.
+   latency_ns      fitted: inflight=2, inflight_hop=1 of 0.6B and 3, 1 of Llama-3.2-1B.  Of a chunk
+                   of 16 KiB under load, with its own transfer and until it is told of.
    hop_cluster_ns  a stopwatch kernel: 290 to 320 at any load, groups of 8 and 16.
-   hop_l2_ns       the same, idle, groups of 16 CTAs; 1000 when all send to all. */
+   hop_l2_ns       the same, idle, groups of 16 CTAs; 1000 when all send to all.
+   hop_queue       fitted: DOWN_SUMS of 0.6B without pacing, 2600 cycles longer than of
+                   SmolLM2-135M, and its tokens from inflight=3 to 12. */
 static const struct rates rates[] = {
-    {"h200", 4510, 1980, 15.5, 80, 700, 300, 750},
+    {"h200", 4600, 1770, 0.86, 32, 128, 1100, 300, 750, 0.8},
 };
 enum { N_RATES = sizeof rates / sizeof *rates };
 
 /* Work of a stage, in cycles, on any GPU: it is the same code.  For hops it is what comes on top of
    the latency: looking for words, adding them up, leaving and entering stages.
 
-   From a trace of one warp through a layer of Qwen3-0.6B at position 1 on the H200 (2026-11-21):
-   q, k, v with the wait for x 3000, attention with its hop 5400, PART's hop to O 2900, O's sums
-   2800, MLP with the wait for x 4500, MLP's hop to DOWN 2900, DOWN's sums 2600.  The sum is 7 %
-   less than a layer's part of the token's time, and was scaled to it.  How these seven fall into
-   hops and stages, and what is once in a token, is fitted, not measured. */
+   From stages with timing=on on the H200 (2026-11-21), less 180 cycles for each lap: SmolLM2-135M
+   at 128 and Qwen3-0.6B without pacing at 1 and 1024, means over 64 tokens from there on.  Where
+   they differ by more than the shape says, a value between; latencies of hops are taken off. */
 struct work {
     double fixed, each;
 };
 static const struct work work[MK_LAP_COUNT] = {
-    [MK_LAP_EMBED] = {3000, 0},
-    [MK_LAP_QKV] = {0, 700}, /* each: round of blocks */
-    [MK_LAP_QKV_HOP] = {200, 0},
-    [MK_LAP_ROWS] = {0, 1200},   /* each: row that a warp norms and rotates */
-    [MK_LAP_ATTN] = {1600, 800}, /* of a head; each: turn of tiles, 8 queries */
-    [MK_LAP_PART] = {1100, 120}, /* of a head; each: warp that has attended */
+    [MK_LAP_EMBED] = {2000, 0},
+    [MK_LAP_QKV] = {0, 960}, /* each: round of blocks */
+    [MK_LAP_QKV_HOP] = {120, 0},
+    [MK_LAP_ROWS] = {270, 430},  /* of a row that a warp rotates; each: its norm */
+    [MK_LAP_ATTN] = {1100, 520}, /* of a head; each: turn of tiles, 8 queries, 64 of E */
+    [MK_LAP_PART] = {590, 46},   /* of a head; each: warp that has attended */
     [MK_LAP_PART_HOP] = {100, 0},
-    [MK_LAP_MERGE] = {550, 60}, /* each: rank that has tiles */
-    [MK_LAP_O] = {0, 1000},     /* each: set of pairs */
-    [MK_LAP_O_SUMS] = {1500, 0},
-    [MK_LAP_O_X] = {800, 0},
-    [MK_LAP_MLP] = {0, 2600}, /* each: round of blocks */
-    [MK_LAP_MLP_HOP] = {600, 0},
-    [MK_LAP_DOWN] = {0, 1500}, /* each: set of pairs */
-    [MK_LAP_DOWN_SUMS] = {0, 0},
-    [MK_LAP_DOWN_X] = {200, 0},
-    [MK_LAP_HEAD] = {0, 700}, /* each: round of blocks */
-    [MK_LAP_NEXT] = {3000, 0},
+    [MK_LAP_MERGE] = {290, 45}, /* each: rank that has tiles */
+    [MK_LAP_O] = {0, 740},      /* each: set of pairs */
+    [MK_LAP_O_SUMS] = {520, 0},
+    [MK_LAP_O_X] = {1250, 0},
+    [MK_LAP_MLP] = {0, 960}, /* each: round of blocks */
+    [MK_LAP_MLP_HOP] = {560, 0},
+    [MK_LAP_DOWN] = {0, 690}, /* each: set of pairs */
+    [MK_LAP_DOWN_SUMS] = {520, 0},
+    [MK_LAP_DOWN_X] = {880, 0},
+    [MK_LAP_HEAD] = {0, 960}, /* each: round of blocks */
+    [MK_LAP_NEXT] = {4400, 0},
 };
 
 /* A matrix split by rows of which a CTA has none. */
-enum { EMPTY_CALL = 400 };
+enum { EMPTY_CALL = 170 };
 
-/* A GPU that was not measured has the first one's cycles and its own clock, and reads as large a
-   part of its data sheet's bandwidth. */
+/* A GPU that was not measured has the first one's cycles, and as large a part of its data sheet's
+   clock and bandwidth. */
 static struct rates rates_of(const struct gen_gpu *g, int *measured)
 {
     const struct rates *first = &rates[0];
@@ -103,9 +112,11 @@ static struct rates rates_of(const struct gen_gpu *g, int *measured)
         if (!g->host && !strcmp(dash ? dash + 1 : g->name, rates[i].gpu))
             return rates[i];
     *measured = 0;
-    if (g->clock_mhz)
-        r.clock_mhz = g->clock_mhz;
-    if (g->mem_gbps && gen_gpu_read(first->gpu, &known, NULL) == 0)
+    if (gen_gpu_read(first->gpu, &known, NULL))
+        return r;
+    if (g->clock_mhz && known.clock_mhz)
+        r.clock_mhz = first->clock_mhz * g->clock_mhz / known.clock_mhz;
+    if (g->mem_gbps)
         r.read_gbps = first->read_gbps * g->mem_gbps / known.mem_gbps;
     return r;
 }
@@ -129,7 +140,7 @@ struct sim {
     const struct gen_plan *p;
     struct rates r;
     int pos, half;
-    double ring;               /* bytes that it holds */
+    double chunk, ring;        /* bytes that a chunk and the ring hold */
     double rate[2][GEN_KINDS]; /* in each half: bytes a cycle that a CTA's producer brings */
     struct lane lane[LANES];
     int n;
@@ -156,11 +167,16 @@ static int dealt(int n, int step, int of, int nth)
     return ceil_div(n / step - nth, of) * step;
 }
 
-/* LANE spends WORK cycles on STAGE, or longer: until BYTES have come. */
-static void spend(const struct sim *s, struct lane *lane, int stage, double work_cycles,
-                  double bytes)
+/* What N chunks in flight bring in a cycle. */
+static double flying_rate(const struct sim *s, int n)
 {
-    const double rate = s->rate[s->half][lane->kind];
+    return n * s->chunk / (s->r.latency_ns * s->r.clock_mhz / 1000);
+}
+
+/* LANE spends WORK cycles on STAGE, or longer: until BYTES, at RATE, have come. */
+static void spend_at(const struct sim *s, struct lane *lane, int stage, double work_cycles,
+                     double bytes, double rate)
+{
     const double late =
         bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - work_cycles) : 0;
     const double all = work_cycles + late;
@@ -169,6 +185,12 @@ static void spend(const struct sim *s, struct lane *lane, int stage, double work
     lane->now += all;
     lane->cycles[stage] += all;
     lane->waited[stage] += late;
+}
+
+static void spend(const struct sim *s, struct lane *lane, int stage, double work_cycles,
+                  double bytes)
+{
+    spend_at(s, lane, stage, work_cycles, bytes, s->rate[s->half][lane->kind]);
 }
 
 /* ---- Hops ------------------------------------------------------------------ */
@@ -188,11 +210,51 @@ static int hears(const struct lane *to, const struct lane *from, enum whom whom)
     return whom == GRID || (whom == GROUP ? to->cls == from->cls : to->rank == from->rank);
 }
 
+/* What all CTAs together read in a cycle. */
+static double gpu_bytes(const struct rates *r)
+{
+    return r->read_gbps * r->slowest * 1000 / r->clock_mhz;
+}
+
+/* The rate at which LANE's ring fills while a hop through L2 is awaited. */
+static double held_rate(const struct sim *s, const struct lane *lane)
+{
+    return min_of(s->rate[s->half][lane->kind], flying_rate(s, s->p->inflight_hop));
+}
+
+/* What a hop through L2 waits behind the stream, when all have sent at the time WHEN: rings that
+   are full have nothing in flight; the others begin with INFLIGHT chunks and end with
+   INFLIGHT_HOP. */
+static double queue_cycles(const struct sim *s, double when)
+{
+    const double most = (s->p->inflight + s->p->inflight_hop) / 2.0 * s->chunk;
+    double bytes = 0; /* of all CTAs */
+
+    for (int i = 0; i < s->n; i++) {
+        const struct lane *lane = &s->lane[i];
+        const double came = held_rate(s, lane) * max_of(0, when - lane->now);
+        bytes += lane->cls->groups * min_of(most, max_of(0, s->ring - lane->ahead - came));
+    }
+    return s->r.hop_queue * bytes / gpu_bytes(&s->r);
+}
+
+static double latest(const struct sim *s, enum who send)
+{
+    double last = 0;
+
+    for (int i = 0; i < s->n; i++)
+        if (is_one(&s->lane[i], send))
+            last = max_of(last, s->lane[i].now);
+    return last;
+}
+
 /* Those who TAKE wait for those who SEND, over distributed shared memory or through L2. */
 static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum who take)
 {
-    const double ns = whom == GROUP && s->p->cluster ? s->r.hop_cluster_ns : s->r.hop_l2_ns;
-    const double latency = work[stage].fixed + ns * s->r.clock_mhz / 1000;
+    const int on_chip = whom == GROUP && s->p->cluster;
+    const double ns = on_chip ? s->r.hop_cluster_ns : s->r.hop_l2_ns;
+    const double queue = on_chip ? 0 : queue_cycles(s, latest(s, send));
+    const double latency = work[stage].fixed + ns * s->r.clock_mhz / 1000 + queue;
     double last[LANES];
 
     for (int i = 0; i < s->n; i++) {
@@ -201,9 +263,12 @@ static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum wh
             if (is_one(&s->lane[j], send) && hears(&s->lane[i], &s->lane[j], whom))
                 last[i] = max_of(last[i], s->lane[j].now);
     }
-    for (int i = 0; i < s->n; i++)
-        if (is_one(&s->lane[i], take))
-            spend(s, &s->lane[i], stage, last[i] - s->lane[i].now + latency, 0);
+    for (int i = 0; i < s->n; i++) {
+        struct lane *lane = &s->lane[i];
+        if (is_one(lane, take))
+            spend_at(s, lane, stage, last[i] - lane->now + latency, 0,
+                     on_chip ? s->rate[s->half][lane->kind] : held_rate(s, lane));
+    }
 }
 
 /* ---- Stages ---------------------------------------------------------------- */
@@ -224,7 +289,8 @@ static void columns(const struct sim *s, struct lane *lane, int stage, int units
     const double bytes = dealt(s->p->pairs, 1, s->p->group, lane->rank) * 1024.0 * units;
 
     if (units)
-        spend(s, lane, stage, work[stage].each * s->p->sets + bytes / s->r.smem_bytes, bytes);
+        spend(s, lane, stage, max_of(work[stage].each * s->p->sets, bytes / s->r.smem_bytes),
+              bytes);
 }
 
 static void qkv(const struct sim *s, struct lane *lane)
@@ -235,30 +301,35 @@ static void qkv(const struct sim *s, struct lane *lane)
     rows(s, lane, MK_LAP_QKV, dealt(blocks, 1, s->p->group, lane->rank));
 }
 
-/* The rank's tiles of a head, as attn.cu.m4 deals them. */
-static int tiles_of(const struct sim *s, int rank)
+/* Of the first POSITIONS, the rank's tiles of a head, as attn.cu.m4 deals them. */
+static int tiles_of(const struct sim *s, int rank, int positions)
 {
-    return ceil_div(s->pos / s->p->kv_tile + 1 - rank, s->p->group);
+    return ceil_div(ceil_div(positions, s->p->kv_tile) - rank, s->p->group);
 }
 
 /* Norm and rotate; attend to the tiles of each head, as many at once as warps can share; merge the
-   warps' sums and send them.  A rank without tiles does nothing. */
+   warps' sums and send them.  A rank without tiles does nothing.  The tile of this position comes
+   through the ring, but there is nothing to attend to if no cached position lies in it. */
 static void attention(const struct sim *s, struct lane *lane)
 {
     const struct gen_plan *p = s->p;
-    const int heads = lane->cls->heads, tiles = tiles_of(s, lane->rank),
-              ratio = p->model.H / p->model.K;
+    const int heads = lane->cls->heads, ratio = p->model.H / p->model.K;
+    const int tiles = tiles_of(s, lane->rank, s->pos + 1);
+    const int cached = (int) max_of(0, tiles_of(s, lane->rank, s->pos));
     const int parts = p->kv_tile / 16, at_once = p->warps / parts ? p->warps / parts : 1;
-    const int turns = ceil_div(tiles, at_once), warps = (int) min_of(p->warps, tiles * parts + 1);
+    const int turns = ceil_div(cached, at_once),
+              row_turns = ceil_div(heads * (ratio + 2), p->warps);
     const double queries = ceil_div(ratio, 8), bytes = (double) tiles * p->kv_tile * p->model.E * 4;
-    const struct work *attn = &work[MK_LAP_ATTN], *part = &work[MK_LAP_PART];
+    const double values = p->model.E / 64.0;
+    const int warps = (int) min_of(p->warps, cached * parts);
+    const struct work *row = &work[MK_LAP_ROWS], *attn = &work[MK_LAP_ATTN],
+                      *part = &work[MK_LAP_PART];
 
     if (!heads || tiles <= 0)
         return;
-    spend(s, lane, MK_LAP_ROWS, work[MK_LAP_ROWS].each * ceil_div(heads * (ratio + 2), p->warps),
-          0);
+    spend(s, lane, MK_LAP_ROWS, row_turns * (row->fixed + row->each * p->model.qk_norm), 0);
     for (int i = 0; i < heads; i++) {
-        spend(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries, bytes);
+        spend(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * values, bytes);
         spend(s, lane, MK_LAP_PART, part->fixed + part->each * warps, 0);
     }
 }
@@ -344,16 +415,13 @@ static void token(struct sim *s)
    allow, and than its share of LEFT, the bytes a cycle that CTAS may read together. */
 static double cta_rate(const struct sim *s, double left, int ctas)
 {
-    const double latency = s->r.latency_ns * s->r.clock_mhz / 1000;
-    const double flying = (double) s->p->inflight * s->p->stage_bytes / latency;
-
-    return min_of(left / ctas, min_of(s->r.cta_bytes, flying));
+    return min_of(left / ctas, min_of(s->r.cta_bytes, flying_rate(s, s->p->inflight)));
 }
 
 /* In attention's half groups with heads come first, as the rings of the others are full soon. */
 static void set_rates(struct sim *s, const int ctas[GEN_KINDS])
 {
-    const double gpu = s->r.read_gbps * 1000 / s->r.clock_mhz; /* bytes a cycle */
+    const double gpu = gpu_bytes(&s->r);
     const double all = cta_rate(s, gpu, s->p->ctas);
     const double heads = cta_rate(s, gpu, ctas[GEN_WITH_HEADS]);
     const double left = max_of(0, gpu - heads * ctas[GEN_WITH_HEADS]);
@@ -396,9 +464,10 @@ static void take_means(const struct sim *s, struct gen_prediction *out)
 
 void gen_predict(const struct gen_plan *p, int pos, struct gen_prediction *out)
 {
-    struct sim s = {.p = p, .pos = pos, .ring = (double) p->stages * p->stage_bytes};
+    struct sim s = {.p = p, .pos = pos, .chunk = p->phase[GEN_HEAD].span_units * 512.0};
 
     memset(out, 0, sizeof *out);
+    s.ring = p->stages * s.chunk;
     s.r = rates_of(&p->gpu, &out->measured);
     out->from = s.r.gpu;
     out->clock_mhz = s.r.clock_mhz;

@@ -82,8 +82,13 @@ static int next_pos(const struct gen_plan *p, int pos)
 }
 
 /* Bandwidth is shared out for half a layer at once: what takes longer in the half in which a CTA
-   has the larger share may save a little more in the other one. */
-static const double MONOTONE = 0.999;
+   has the larger share may save a little more in the other one.  Where the stream is held back
+   while a hop is awaited, a rank that attends instead of waiting fills its ring faster, and fuller
+   rings make hops faster: up to 3.2 % here. */
+static double monotone(const struct gen_plan *p)
+{
+    return p->inflight_hop < p->inflight ? 0.96 : 0.999;
+}
 
 static void check_plan(const struct gen_plan *p)
 {
@@ -93,7 +98,7 @@ static void check_plan(const struct gen_plan *p)
     for (int pos = 0; pos < p->context; pos = next_pos(p, pos)) {
         gen_predict(p, pos, &at);
         check_one(p, pos, &at);
-        CHECKF(at.token_us >= before * MONOTONE, "%s on %s: %.3f us at %d, %.3f before",
+        CHECKF(at.token_us >= before * monotone(p), "%s on %s: %.3f us at %d, %.3f before",
                p->model.name, p->gpu.name, at.token_us, pos, before);
         before = fmax(before, at.token_us);
         head = at.cycles[GEN_WITH_HEADS][MK_LAP_HEAD];
@@ -103,8 +108,9 @@ static void check_plan(const struct gen_plan *p)
 
 static void test_all(void)
 {
-    static const char *const sets[] = {NULL,      "cluster=l2",       "inflight=1", "balance=0",
-                                       "group=4", "chunk_bytes=8192", "warps=5"};
+    static const char *const sets[] = {NULL,        "cluster=l2",    "inflight=1",
+                                       "balance=0", "group=4",       "chunk_bytes=8192",
+                                       "warps=5",   "inflight_hop=4"};
     enum { SETS = sizeof sets / sizeof *sets };
     static struct gen_plan p;
     struct gen_model m;
@@ -157,30 +163,40 @@ static void test_worse(void)
     CHECK(token_us(&m, &g, 4096, 128, "cluster=l2") > token_us(&m, &g, 4096, 128, NULL));
     get("llama-3.2-1b", "h200", &m, &g);
     best = token_us(&m, &g, 4096, 128, NULL);
-    CHECK(token_us(&m, &g, 4096, 128, "ctas=64") > best * 1.2);
+    CHECK(token_us(&m, &g, 4096, 128, "ctas=64") > best * 1.05);
     CHECK(token_us(&m, &g, 4096, 128, "stages=2") >= best);
     CHECK(token_us(&m, &g, 4096, 128, "inflight=1") > best);
     g.clusters[3]--; /* a part of the product that holds one fewer */
-    CHECK(token_us(&m, &g, 4096, 128, NULL) > best);
+    CHECK(token_us(&m, &g, 4096, 128, NULL) > best * 0.97); /* memory is the limit, not CTAs */
 }
 
-/* Tiles are dealt to the ranks in turn: at position 0 one rank of a group attends, and each of them
-   to one tile at the last position of as many tiles. */
+static double attn_at(const struct gen_plan *p, int pos, int kind)
+{
+    struct gen_prediction at;
+
+    gen_predict(p, pos, &at);
+    return at.cycles[kind][MK_LAP_ATTN];
+}
+
+/* Tiles are dealt to the ranks in turn: up to as many tiles as ranks, each is one more rank that
+   attends, and as long as the one before. */
 static void test_tiles(void)
 {
     static struct gen_plan p;
-    struct gen_prediction first, all;
     struct gen_model m;
     struct gen_gpu g;
-    double one;
+    double first, one;
 
     get("qwen3-0.6b", "h200", &m, &g);
     CHECKF(make(&m, &g, 0, NULL, &p) == 0, "%s", err.text);
-    gen_predict(&p, 0, &first);
-    gen_predict(&p, p.kv_tile * p.group - 1, &all);
-    one = first.cycles[GEN_WITH_HEADS][MK_LAP_ATTN];
-    CHECK(one > 0 && fabs(all.cycles[GEN_WITH_HEADS][MK_LAP_ATTN] / (one * p.group) - 1) < 1e-9);
-    CHECK(first.cycles[GEN_OTHERS][MK_LAP_ATTN] == 0);
+    first = attn_at(&p, p.kv_tile - 1, GEN_WITH_HEADS);
+    one = attn_at(&p, p.kv_tile * 2 - 1, GEN_WITH_HEADS) - first;
+    CHECK(one > 0 && fabs(first / one - 1) < 1e-9);
+    for (int i = 3; i <= p.group; i++) {
+        const double all = attn_at(&p, p.kv_tile * i - 1, GEN_WITH_HEADS);
+        CHECKF(fabs(all / (one * i) - 1) < 1e-9, "%d tiles", i);
+    }
+    CHECK(attn_at(&p, p.kv_tile * p.group - 1, GEN_OTHERS) == 0);
 }
 
 /* ---- Constants ---------------------------------------------------------------------- */
@@ -211,43 +227,74 @@ static void test_gpus(void)
     struct gen_gpu g;
 
     CHECK(gen_gpu_read("h200", &g, &err) == 0);
-    check_gpu("h200", &g, 1, 4510);
-    check_gpu("nvidia-h200", &g, 1, 4510); /* as a device says */
-    check_gpu("nvidia-h200-nvl", &g, 0, 4510);
+    check_gpu("h200", &g, 1, 4600);
+    check_gpu("nvidia-h200", &g, 1, 4600); /* as a device says */
+    check_gpu("nvidia-h200-nvl", &g, 0, 4600);
     g.mem_gbps = g.clock_mhz = 0; /* not known */
-    check_gpu("nvidia-h201", &g, 0, 4510);
+    check_gpu("nvidia-h201", &g, 0, 4600);
     CHECK(gen_gpu_read("l4", &g, &err) == 0);
-    check_gpu("l4", &g, 0, 300 * 4510 / 4800.0);
+    check_gpu("l4", &g, 0, 300 * 4600 / 4800.0);
     CHECK(gen_gpu_host(90, &g) == 0);
-    check_gpu(g.name, &g, 0, 4510);
+    check_gpu(g.name, &g, 0, 4600);
 }
 
-/* Tokens of mkbench --random-weights on the H200 (README.md, NOTEBOOK.md), at the position in the
-   middle of a run.  The constants were fitted to these: what is shown is that one set of them does
-   for all, and still does.  A change of the kernel that makes these wrong asks for new constants in
+/* Tokens of mkbench --random-weights on the H200 (README.md, NOTEBOOK.md), timing off, at the
+   position in the middle of a run of 64 tokens; default plans first.  The constants were fitted to these: what is shown is that one set of them does for all,
+   and still does.  A change of the kernel that makes these wrong asks for new constants in
    gen/predict.c, and for new figures here. */
 static void test_measured(void)
 {
     static const struct {
         const char *model;
         int context, pos;
+        const char *set[4]; /* up to NULL */
         double us;
     } rows[] = {
-        {"qwen3-0.6b", 33000, 65, 460},     {"qwen3-0.6b", 33000, 264, 468},
-        {"qwen3-0.6b", 33000, 1088, 489},   {"qwen3-0.6b", 33000, 3964, 631},
-        {"qwen3-0.6b", 33000, 32064, 2136}, {"llama-3.2-1b", 4096, 160, 787},
-        {"qwen3-8b", 4096, 160, 5263},      {"smollm2-135m", 4096, 160, 372},
+        {"qwen3-0.6b", 33000, 33, {NULL}, 402},
+        {"qwen3-0.6b", 33000, 4064, {NULL}, 494},
+        {"qwen3-0.6b", 33000, 32632, {NULL}, 1408},
+        {"llama-3.2-1b", 4096, 160, {NULL}, 669},
+        {"smollm2-135m", 4096, 160, {NULL}, 310},
+        {"qwen2.5-0.5b", 4096, 160, {NULL}, 417},
+        {"qwen3-0.6b", 4096, 33, {"inflight=3", "inflight_hop=1"}, 396},
+        {"qwen3-0.6b", 4096, 1056, {"inflight=3", "inflight_hop=1"}, 420},
+        {"qwen3-0.6b", 4096, 33, {"inflight=12", "inflight_hop=12"}, 443},
+        {"qwen3-0.6b", 4096, 1056, {"inflight=12", "inflight_hop=12"}, 473},
+        {"qwen3-0.6b", 4096, 33, {"inflight=6", "inflight_hop=2"}, 416},
+        {"qwen3-0.6b", 4096, 1056, {"inflight=6", "inflight_hop=2"}, 449},
+        {"qwen3-0.6b", 4096, 33, {"inflight=6", "inflight_hop=4"}, 426},
+        {"qwen3-0.6b", 4096, 1056, {"inflight=6", "inflight_hop=4"}, 457},
+        {"qwen3-0.6b", 4096, 33, {"inflight=2", "inflight_hop=1"}, 450},
+        {"qwen3-0.6b", 4096, 1056, {"inflight=2", "inflight_hop=1"}, 504},
+        {"llama-3.2-1b", 4096, 160, {"inflight=3", "inflight_hop=1"}, 694},
+        {"llama-3.2-1b", 4096, 160, {"inflight=6", "inflight_hop=2"}, 685},
+        {"llama-3.2-1b", 4096, 160, {"inflight=11", "inflight_hop=11"}, 697},
+        {"smollm2-135m", 4096, 160, {"inflight=12", "inflight_hop=12"}, 310},
+        {"qwen2.5-0.5b", 4096, 160, {"inflight=3", "inflight_hop=1"}, 439},
+        {"qwen2.5-0.5b", 4096, 160, {"inflight=11", "inflight_hop=11"}, 453},
+        {"qwen3-4b", 4096, 160, {"chunk_bytes=20480", "inflight=4", "inflight_hop=2"}, 2216},
+        {"qwen3-4b", 4096, 160, {"chunk_bytes=20480", "inflight=6", "inflight_hop=4"}, 2248},
+        {"qwen3-8b", 4096, 160, {"balance=30", "inflight=10", "inflight_hop=10"}, 3855},
+        {"qwen3-8b", 4096, 160, {"balance=30", "inflight=6", "inflight_hop=6"}, 3864},
+        {"qwen3-8b", 4096, 160, {"balance=30", "inflight=4", "inflight_hop=4"}, 3907},
+        {"qwen3-8b", 4096, 160, {"balance=30", "inflight=10", "inflight_hop=4"}, 3836},
     };
+    static struct gen_plan p;
+    struct gen_prediction at;
     struct gen_model m;
     struct gen_gpu g;
 
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        double us;
+        const double us = rows[i].us;
         get(rows[i].model, "h200", &m, &g);
-        us = token_us(&m, &g, rows[i].context, rows[i].pos, NULL);
-        printf("%-14s at %5d: %6.0f us predicted, %6.0f measured, %+.1f %%\n", rows[i].model,
-               rows[i].pos, us, rows[i].us, 100 * (rows[i].us / us - 1));
-        CHECKF(fabs(rows[i].us / us - 1) < 0.15, "%s at %d", rows[i].model, rows[i].pos);
+        CHECKF(gen_plan_make(&m, &g, rows[i].context, NULL, rows[i].set, &p, &err) == 0, "%s",
+               err.text);
+        gen_predict(&p, rows[i].pos, &at);
+        printf("%-13s %-10s %2d/%-2d at %5d: %6.0f us predicted, %6.0f measured, %+.1f %%\n",
+               rows[i].model, rows[i].set[0] ? "set" : "default", p.inflight, p.inflight_hop,
+               rows[i].pos, at.token_us, us, 100 * (us / at.token_us - 1));
+        CHECKF(fabs(us / at.token_us - 1) < 0.15, "%s at %d, %d/%d", rows[i].model, rows[i].pos,
+               p.inflight, p.inflight_hop);
     }
 }
 
