@@ -228,8 +228,7 @@ static const struct fault {
      {"no-drain", {{"    while (of_lane0(load_flag(&S->landed)) != S->filled) // nothing may arrive after the CTA has gone\n"
                     "        ;\n",
                     "", 1},
-                   {"more = landed != __shfl_sync(~0u, load_flag(&S->end), 0);",
-                    "more = !__shfl_sync(~0u, load_flag(&S->done), 0);", 1}}}},
+                   {"while (landed != load_flag(&S->end))", "while (!load_flag(&S->done))", 1}}}},
     {0, 40, 0, "prefill: one more group of cp.async may be on its way than the stage needs",
      {"group-off-by-one", {{"copy_wait<T::STAGES - 2>();", "copy_wait<T::STAGES - 1>();", 1}}}},
     {10, 40, 0, "prefill: the same in its attention",
@@ -404,8 +403,6 @@ static const struct fault {
     {16, 10, 0, "sm_75: a stage counts as filled when one lane has written its part",
      {"filled-by-one", {{"    __syncwarp();\n    if (lane == 0) {\n        __threadfence_block();\n",
                          "    if (lane == 0) {\n        __threadfence_block();\n", 1}}}},
-    {13, 10, 1, "the teller's lane 0 tells what another lane has seen, and nothing orders that",
-     {"told-unordered", {{"        __syncwarp();\n        landed += n;\n", "        landed += n;\n", 1}}}},
     {13, 10, 1, "nothing orders a stage's bytes before the count of landed chunks",
      {"landed-relaxed", {{"        publish_flag(&S->landed, landed);", "        store_flag(&S->landed, landed);", 1}}}},
     {9, 10, 1, "nothing orders the count of landed chunks before the reads of a stage",

@@ -75,7 +75,6 @@ template <class T> static inline T __shfl_xor_sync(unsigned int mask, T value, u
     return __shfl_sync(mask, value, threadIdx.x ^ bits);
 }
 static inline unsigned int __ballot_sync(unsigned int, int vote) { return mkhost_ballot(vote != 0); }
-static inline int __ffs(int x) { return __builtin_ffs(x); }
 // Of a word in shared memory.
 static inline unsigned int atomicAdd(unsigned int *p, unsigned int v)
 {

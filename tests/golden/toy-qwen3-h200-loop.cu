@@ -2053,31 +2053,22 @@ static __device__ __noinline__ void sample(Best best)
 // ---- Decode: the producer and the teller ---------------------------------------------
 
 // Two warps keep the ring full of this CTA's stream, across phases, layers and tokens: the producer brings
-// chunks, and the teller tells the consumers which have landed.  On sm_90 and later one lane of the producer does
-// it all; before, its lanes share the copies, and go by what lane 0 sees.
+// chunks, and one lane, the teller, tells the consumers which have landed.  On sm_90 and later one lane of the
+// producer does it all; before, its lanes share the copies, and go by what lane 0 sees.
 static __device__ __forceinline__ bool is_producer() { return threadIdx.x == THREADS; }
 static __device__ __forceinline__ u32 of_lane0(u32 value) { return value; }
 static __device__ __forceinline__ void sync_producer() {}
-static __device__ __forceinline__ bool is_teller() { return threadIdx.x >= THREADS + 32; }
+static __device__ __forceinline__ bool is_teller() { return threadIdx.x == THREADS + 32; }
 
-// The teller: lane i looks at the i-th chunk from the first one that has not landed, until there are no more.
+// The teller counts the chunks that have landed, until there are no more.
 static __device__ __forceinline__ void tell_landed()
 {
-    constexpr u32 AHEAD = STAGES < 4 ? STAGES : 4;
-    const u32 lane = threadIdx.x % 32;
-    u32 landed = 0, polls = 0;
-    bool more = true;
-    while (more) {
-        const u32 chunk = landed + lane;
-        const bool has = lane < AHEAD && gate_landed(&S->full[chunk % STAGES], chunk / STAGES);
-        const u32 n = __ffs(~__ballot_sync(~0u, has)) - 1;
-        __syncwarp();
-        landed += n;
-        if (lane == 0 && n)
+    u32 landed = 0;
+    while (landed != load_flag(&S->end))
+        if (gate_landed(&S->full[landed % STAGES], landed / STAGES)) {
+            landed++;
             publish_flag(&S->landed, landed);
-        if (n == 0 && ++polls % 16 == 0)
-            more = landed != __shfl_sync(~0u, load_flag(&S->end), 0);
-    }
+        }
 }
 
 // May the producer fill the stage of CHUNK: is it free, and are few enough chunks on their way?
@@ -2104,8 +2095,10 @@ static __device__ __forceinline__ void feed(int n, Place piece)
     sync_producer();
     #pragma unroll 1
     for (int i = 0; i < n && !is_done; i++) {
-        while (!is_done && !of_lane0(may_fill(chunk))) // no watchdog: what holds the consumers up, they report themselves
-            is_done = of_lane0(load_flag(&S->done));
+        if (threadIdx.x % 32 == 0) // no watchdog: what holds the consumers up, they report themselves
+            while (!is_done && !may_fill(chunk))
+                is_done = load_flag(&S->done);
+        is_done = of_lane0(is_done);
         if (!is_done) {
             const Piece from = piece(i);
             gate_fill(&S->full[chunk % STAGES], S->ring[chunk % STAGES], from.src, from.bytes);
