@@ -242,9 +242,6 @@ static const struct mk_sampling kinds[2] = {
     {.temperature = 1.3f, .top_k = 20, .top_p = 0.7f, .seed = 6},
 };
 
-/* Parts of an episode that follow its greedy tokens; the samplers are bits 0 and 1. */
-enum { ENDS = 4, ALL = 7 };
-
 /* Launches that end before their last token: the device comes to an end token, and then the host
    says stop. */
 static int play_ends(struct stage *s, struct result *r, struct mk_err *err)
@@ -287,21 +284,14 @@ static int play_greedy(struct stage *s, struct result *r, struct mk_err *err)
     return rc ? rc : read_kv(s, r, err);
 }
 
-static int wraps(const struct world *w)
-{
-    return strstr(w->settings, "epoch0=") != NULL;
-}
-
-/* Those of PARTS that follow: samplers, and launches that end early.  Epochs start over when all are played. */
-static int play_rest(struct stage *s, struct result *r, int parts, struct mk_err *err)
+/* What follows: samplers, and launches that end early. */
+static int play_rest(struct stage *s, struct result *r, struct mk_err *err)
 {
     static float logits[SAMPLED * MOST_V];
-    const int P = s->world->prompt;
+    const int wraps = strstr(s->world->settings, "epoch0=") != NULL, P = s->world->prompt;
     int rc = 0;
 
     for (int k = 0; rc == 0 && k < 2; k++) {
-        if (!(parts >> k & 1))
-            continue;
         struct taken t = {.token = r->sampled[k]};
         const struct rt_decode job = {.token = r->tokens[k], .pos = P + k, .n = SAMPLED, .logits = logits,
                                       .temperature = kinds[k].temperature, .top_k = kinds[k].top_k,
@@ -309,9 +299,8 @@ static int play_rest(struct stage *s, struct result *r, int parts, struct mk_err
         rc = decode(s, job, &t, err);
         compact(s, logits, r->sampled_logits[k], SAMPLED);
     }
-    if (rc == 0 && parts & ENDS)
-        rc = play_ends(s, r, err);
-    if (rc == 0 && parts == ALL && fills - s->fills != wraps(s->world))
+    rc = rc ? rc : play_ends(s, r, err);
+    if (rc == 0 && fills - s->fills != wraps)
         rc = gen_fail(err, MK_EDEVICE, "epochs started over %d times", fills - s->fills);
     return rc;
 }
@@ -484,9 +473,8 @@ static int explain(struct stage *s, int rc, const struct mk_err *err, int before
     return *why != 0;
 }
 
-/* One seed's greedy tokens and PARTS of the rest against WANT; 1 and why when it failed.  What comes first is looked
-   at first. */
-static int run_seed(struct stage *s, long seed, int parts, const struct result *want, char *why, size_t size)
+/* One seed against WANT; 1 and why when it failed.  What comes first is looked at first. */
+static int run_seed(struct stage *s, long seed, const struct result *want, char *why, size_t size)
 {
     static struct result got;
     struct mk_err err = {0};
@@ -497,8 +485,7 @@ static int run_seed(struct stage *s, long seed, int parts, const struct result *
     rc = rc ? rc : play_greedy(s, &got, &err);
     if (explain(s, rc, &err, before, why, size) || compare_greedy(&got, want, why, size))
         return 1;
-    got = *want;
-    rc = play_rest(s, &got, parts, &err);
+    rc = play_rest(s, &got, &err);
     return explain(s, rc, &err, before, why, size) || compare_rest(&got, want, why, size);
 }
 
@@ -511,7 +498,7 @@ static int calm_run(struct stage *s, struct result *want, char *why, size_t size
 
     if (explain(s, rc, &err, before, why, size) || compare_oracle(s, want, why, size))
         return 1;
-    rc = play_rest(s, want, ALL, &err);
+    rc = play_rest(s, want, &err);
     return explain(s, rc, &err, before, why, size) || compare_choices(s, want, why, size);
 }
 
@@ -535,7 +522,7 @@ static int run_world(const struct world *w, long first, long n)
     }
     token_ms = s.token_ms;
     for (long seed = first; !failed && seed < first + n; seed++)
-        if (run_seed(&s, seed, wraps(w) ? ALL : 1 << seed % 3, &want, why, sizeof why)) {
+        if (run_seed(&s, seed, &want, why, sizeof why)) {
             printf("FAILED %s %s %s, seed %ld: %s\n", w->model, w->arch, w->settings, seed, why);
             print_replay(w, seed);
             failed = 1;
@@ -573,7 +560,7 @@ static long run_fault(const struct fault *f, long most)
     }
     caught = calm_run(&s, &want, why, sizeof why);
     while (!caught && seed < most)
-        caught = run_seed(&s, ++seed, ALL, &want, why, sizeof why);
+        caught = run_seed(&s, ++seed, &want, why, sizeof why);
     if (opt.verbose)
         printf("%s\n", why);
     why[strcspn(why, "\n")] = 0;
