@@ -406,7 +406,7 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(PART_HERE, ranks * heads * RATIO * (E
             const float higher = fmaxf(best, word_value(scale, 0));
             const float mine = exp2_approx(best - higher), theirs = exp2_approx(word_value(scale, 0) - higher);
             best = higher;
-            sum = sum * mine + word_value(scale, 1) * theirs;
+            sum = sum * mine + (word_value(scale, 1) + word_value(scale, 2)) * theirs; // the last is 0, to use all of it
             #pragma unroll
             for (int v = 0; v < 3; v++)
                 out[v] = out[v] * mine + word_value(part, v) * theirs;

@@ -4,6 +4,9 @@ t_section({|Hops through L2|})
 static __device__ __forceinline__ int word_first(int word) { return word / 3 * 8 + word % 3 * 3; }
 static __device__ __forceinline__ int word_count(int word) { return word % 3 == 2 ? 2 : 3; }
 static __device__ __forceinline__ float word_value(const Word &w, int i) { return __uint_as_float(w.v[i]); }
+t_if(PLAN_CLUSTER > 1, {||}, {|// Of a word with one value and zeros: uses all of it.
+static __device__ __forceinline__ float word_total(const Word &w) { return word_value(w, 0) + word_value(w, 1) + word_value(w, 2); }
+|})m4_dnl
 
 // While a hop is awaited the ring stands back.
 static __device__ __forceinline__ void hold(u32 on)

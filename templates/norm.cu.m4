@@ -180,7 +180,7 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(X_HERE + which, PAIRS * 32 + GROUP * 
     const u32 tag = layer_tag(layer);
     consumer_barrier(); // x and its squares are free
     await_words<GROUP * WARPS>(GROUP * WARPS, tag, AT_X, [&](int word) { return parts + word; },
-                               [&](int word, const Word &got) { S->squares[which][word][0] = word_value(got, 0); });
+                               [&](int word, const Word &got) { S->squares[which][word][0] = word_total(got); });
     await_blocks<PAIRS * 2>(t_x(which), hop, D / 8, tag, AT_X);
     consumer_barrier();|})
 t_if(PLAN_TIMING, {|    lap(which ? LAP_DOWN_X : LAP_O_X);

@@ -1,9 +1,10 @@
-/* t-compile.c - what the generator writes compiles through NVRTC, and no function of it has a
-   stack frame or spills: toy models on every architecture, real models on one.
+/* t-compile.c - what the generator writes compiles through NVRTC, no function of it has a stack frame or
+   spills, and a word of a hop is loaded at once: toy models on every architecture, real models on one.
    MK_COMPILE_ALL=1: every carried model on every architecture instead; PART=i/n takes one
    part of n of them.  Compilations run side by side, one a processor. */
 #include "config.h"
 
+#include <elf.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -53,6 +54,43 @@ static void check_spills(const char *what, const char *log)
     CHECKF(functions >= 3, "%s: the log tells of %d functions", what, functions);
 }
 
+/* The machine code of mk_decode in CUBIN, *SIZE bytes of it, or NULL. */
+static const unsigned char *decode_code(const unsigned char *cubin, size_t *size)
+{
+    const Elf64_Ehdr *file = (const void *) cubin;
+    const Elf64_Shdr *sections = (const void *) (cubin + file->e_shoff);
+
+    for (int i = 0; i < file->e_shnum; i++)
+        if (!strcmp((const char *) cubin + sections[file->e_shstrndx].sh_offset + sections[i].sh_name,
+                    ".text.mk_decode")) {
+            *size = sections[i].sh_size;
+            return cubin + sections[i].sh_offset;
+        }
+    return NULL;
+}
+
+/* Every ld.relaxed.gpu of mk_decode reads 16 bytes: ptxas splits one of which a part is not used, and what was
+   one atomic load is several.  An instruction is 16 bytes: 12 bits of opcode, among others; the width, from bit
+   73 on, 3 bits; the order and scope, from bit 76 on, 9 bits. */
+static void check_words(const char *what, int arch, const unsigned char *cubin)
+{
+    enum { WIDTH_16 = 6 };
+    const unsigned load = arch < 80 ? 0x381 : 0x981, strong_gpu = arch < 80 ? 0x1f4 : 0x1ef;
+    size_t size = 0;
+    const unsigned char *code = decode_code(cubin, &size);
+    int whole = 0, split = 0;
+
+    CHECKF(code, "%s: the cubin has no mk_decode", what);
+    for (size_t i = 0; i + 16 <= size; i += 16) {
+        uint64_t low, high;
+        memcpy(&low, code + i, 8);
+        memcpy(&high, code + i + 8, 8);
+        if ((low & 0xfff) == load && (high >> 12 & 0x1ff) == strong_gpu)
+            *((high >> 9 & 7) == WIDTH_16 ? &whole : &split) += 1;
+    }
+    CHECKF(whole >= 3 && !split, "%s: %d words are loaded at once, %d loads are parts of one", what, whole, split);
+}
+
 /* SRC with a line that no other run has: NVRTC may have a cache of its own, and a hit in that
    brings no log. */
 static char *make_new(char *src)
@@ -90,8 +128,10 @@ static void compile(const struct job *j)
         src = make_new(src);
         rc = rt_nvrtc_compile(src, "kernel.cu", j->arch, options, &cubin, &size, &log, &err);
         CHECKF(rc == 0, "%s: %s", what, err.text);
-        if (rc == 0)
+        if (rc == 0) {
             check_spills(what, log);
+            check_words(what, j->arch, cubin);
+        }
         printf("%s: %zu bytes of source, %zu of cubin, %.1f s\n", what, strlen(src), size,
                seconds() - start);
     }

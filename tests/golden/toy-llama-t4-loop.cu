@@ -218,7 +218,8 @@ static __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
-// Single-copy atomic: all of a word or none of it is seen.
+// Single-copy atomic: all of a word or none of it is seen.  As long as all of it is used: ptxas loads only the parts
+// that are, one by one, and the tag may then be newer than they.
 static __device__ __forceinline__ Word load_word(const Word *p)
 {
     Word w;
@@ -693,6 +694,8 @@ struct Watch {
 static __device__ __forceinline__ int word_first(int word) { return word / 3 * 8 + word % 3 * 3; }
 static __device__ __forceinline__ int word_count(int word) { return word % 3 == 2 ? 2 : 3; }
 static __device__ __forceinline__ float word_value(const Word &w, int i) { return __uint_as_float(w.v[i]); }
+// Of a word with one value and zeros: uses all of it.
+static __device__ __forceinline__ float word_total(const Word &w) { return word_value(w, 0) + word_value(w, 1) + word_value(w, 2); }
 
 // While a hop is awaited the ring stands back.
 static __device__ __forceinline__ void hold(u32 on)
@@ -1199,7 +1202,7 @@ static __device__ __forceinline__ void await_x(int which, int layer)
     const u32 tag = layer_tag(layer);
     consumer_barrier(); // x and its squares are free
     await_words<GROUP * WARPS>(GROUP * WARPS, tag, AT_X, [&](int word) { return parts + word; },
-                               [&](int word, const Word &got) { S->squares[which][word][0] = word_value(got, 0); });
+                               [&](int word, const Word &got) { S->squares[which][word][0] = word_total(got); });
     await_blocks<PAIRS * 2>(S->x[0], hop, D / 8, tag, AT_X);
     consumer_barrier();
 }
@@ -1582,7 +1585,7 @@ static __device__ __forceinline__ void attn_merge(int layer)
             const float higher = fmaxf(best, word_value(scale, 0));
             const float mine = exp2_approx(best - higher), theirs = exp2_approx(word_value(scale, 0) - higher);
             best = higher;
-            sum = sum * mine + word_value(scale, 1) * theirs;
+            sum = sum * mine + (word_value(scale, 1) + word_value(scale, 2)) * theirs; // the last is 0, to use all of it
             #pragma unroll
             for (int v = 0; v < 3; v++)
                 out[v] = out[v] * mine + word_value(part, v) * theirs;

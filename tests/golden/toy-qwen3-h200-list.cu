@@ -203,7 +203,8 @@ static __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
-// Single-copy atomic: all of a word or none of it is seen.
+// Single-copy atomic: all of a word or none of it is seen.  As long as all of it is used: ptxas loads only the parts
+// that are, one by one, and the tag may then be newer than they.
 static __device__ __forceinline__ Word load_word(const Word *p)
 {
     Word w;
