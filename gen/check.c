@@ -574,6 +574,7 @@ static int check_ring(const struct gen_plan *p, struct mk_err *err)
     NEED(p->inflight_hop > 0 && p->inflight >= p->inflight_hop,
          "inflight is %d and inflight_hop %d; they must be 1 or more, and inflight the larger",
          p->inflight, p->inflight_hop);
+    NEED(p->inflight_heads > 0, "inflight_heads is %d; it must be 1 or more", p->inflight_heads);
     return check_cache(p, err);
 }
 

@@ -57,6 +57,8 @@ static const struct key keys[] = {
     {"chunk_bytes", AT(chunk_bytes), 512, 65536, NULL, "longest chunk of the weight ring"},
     {"stages", AT(stages), 2, 31, NULL, "stages of the weight ring"},
     {"inflight", AT(inflight), 1, 31, NULL, "chunks in flight at most"},
+    {"inflight_heads", AT(inflight_heads), 1, 31, NULL,
+     "the same of q, k, v, the KV cache and O, which only groups with KV heads read"},
     {"inflight_hop", AT(inflight_hop), 1, 31, NULL, "chunks in flight while a hop is awaited"},
     {"round_blocks", AT(round_blocks), 2, 16, NULL, "blocks of 8 rows between two barriers; even"},
     {"tokens_per_launch", AT(tokens_per_launch), 1, 1024, NULL,
@@ -736,6 +738,10 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
     }
     if (!is_set(set, AT(inflight)))
         p->inflight = max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
+    if (!is_set(set, AT(inflight_heads))) { /* few groups have as many in flight as otherwise all */
+        const int heads = min_int(p->groups, p->model.K), few = heads * 2 < p->groups;
+        p->inflight_heads = few ? min_int(p->stages, p->inflight * p->groups / heads) : p->inflight;
+    }
     if (!is_set(set, AT(inflight_hop)))
         p->inflight_hop = max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
     if (!is_set(set, AT(tokens_per_launch))) { /* a token takes about twice its floor, and hops */
@@ -807,11 +813,11 @@ static int check_choices(const struct gen_plan *p, struct mk_err *err)
                         "plan: gemm_m and gemm_n must be 64 or 128, gemm_k and flash_n 32 or 64");
     if (p->family == 75 && p->dtype != GEN_FP16)
         return gen_fail(err, MK_EINVAL, "plan: dtype is bf16; sm_75 has fp16 only");
-    if (p->inflight > p->stages || p->inflight_hop > p->inflight)
+    if (p->inflight > p->stages || p->inflight_heads > p->stages || p->inflight_hop > p->inflight)
         return gen_fail(err, MK_EINVAL,
-                        "plan: inflight is %d and inflight_hop %d; they must not exceed "
-                        "stages %d and inflight",
-                        p->inflight, p->inflight_hop, p->stages);
+                        "plan: inflight is %d, inflight_heads %d and inflight_hop %d; they must not exceed "
+                        "stages %d, stages and inflight",
+                        p->inflight, p->inflight_heads, p->inflight_hop, p->stages);
     if (p->fault && p->ctas < 2)
         return gen_fail(err, MK_EINVAL,
                         "plan: fault needs 2 ctas: one that hangs and one that reports it");

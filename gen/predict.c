@@ -55,7 +55,8 @@ struct rates {
    cta_bytes       fitted: position 32600 of 0.6B, whose KV tiles 64 CTAs read at 30 or more.
    smem_bytes      what shared memory gives; NOTEBOOK.md: 490 cycles for 64 KiB.
    latency_ns      fitted: inflight=2, inflight_hop=1 of 0.6B and 3, 1 of Llama-3.2-1B.  Of a chunk
-                   of 16 KiB under load, with its own transfer and until it is told of.
+                   of 16 KiB under load, with its own transfer and until it is told of.  Twice as many
+                   chunks as inflight in groups with heads (inflight_heads) gave -1.3 to 1.6 %: left out.
    hop_cluster_ns  a stopwatch kernel: 290 to 320 at any load, groups of 8 and 16.
    hop_l2_ns       the same, idle, groups of 16 CTAs; 1000 when all send to all.
    hop_queue       fitted: DOWN_SUMS of 0.6B without pacing, 2600 cycles longer than of

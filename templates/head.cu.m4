@@ -98,12 +98,16 @@ static __device__ __noinline__ Best rows(int what, int layer, int bias)
     for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
         const int n = min(ROUND, blocks - first);
         float *part = S->part_sums[side][0];
+        float extra = 0.0f; // read long before it is added
+t_if(MODEL_QKV_BIAS, {|        if (what == QKV_ROWS)
+            extra = qkv_bias(bias, first, n);
+|})m4_dnl
         chunk = multiply_round(chunk, t_x(which), n, part, is_ready, await);
         is_ready = true;
         consumer_barrier();
         const float factor = S->factor[which];
         if (what == QKV_ROWS)
-            finish_qkv(layer, bias, first, n, part, factor);
+            finish_qkv(layer, extra, first, n, part, factor);
         else if (what == MLP_ROWS)
             finish_mlp(layer, first, n, part, factor);
         else

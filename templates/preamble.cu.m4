@@ -37,6 +37,7 @@ constexpr int THREADS = PLAN_THREADS; // of the consumer warps
 constexpr int STAGES = PLAN_STAGES; // of the ring
 constexpr int STAGE_BYTES = PLAN_STAGE_BYTES;
 constexpr int INFLIGHT = PLAN_INFLIGHT; // chunks on their way at most
+constexpr int INFLIGHT_HEADS = PLAN_INFLIGHT_HEADS; // the same of what only groups with KV heads read
 constexpr int INFLIGHT_HOP = PLAN_INFLIGHT_HOP; // the same while a hop through L2 is awaited
 constexpr int ROUND = PLAN_ROUND_BLOCKS; // blocks between two barriers
 constexpr int KV_TILE = PLAN_KV_TILE; // positions of a tile of the KV cache

@@ -1,15 +1,24 @@
 t_section({|q, k, v = x W (+ bias)|})
 
-// Rows of blocks FIRST .. FIRST + N - 1 of this CTA go to all ranks of the group.
-static __device__ __forceinline__ void finish_qkv(int layer, int bias, int first, int n, const float *part, float factor)
+// Where block B of this CTA stands in its group.
+static __device__ __forceinline__ int qkv_place(int b) { return b * GROUP + my_rank(); }
+
+t_if(MODEL_QKV_BIAS, {|// What is added to the row that this thread finishes, of blocks FIRST .. FIRST + N - 1 of this CTA; the vector begins
+// at args.vec[BIAS].
+static __device__ __forceinline__ float qkv_bias(int bias, int first, int n)
+{
+    const int block = Qkv::block(share_of(my_group()).head0, qkv_place(first + threadIdx.x / 8));
+    return threadIdx.x < n * 8 ? S->args.vec[bias + block * 8 + threadIdx.x % 8] : 0.0f;
+}
+
+|})m4_dnl
+// Rows of blocks FIRST .. FIRST + N - 1 of this CTA go to all ranks of the group, EXTRA added.
+static __device__ __forceinline__ void finish_qkv(int layer, float extra, int first, int n, const float *part, float factor)
 {
     const int row = threadIdx.x, warp = threadIdx.x / 32;
-    const auto at = [&](int b) { return (first + warp * 4 + b) * GROUP + my_rank(); };
+    const auto at = [&](int b) { return qkv_place(first + warp * 4 + b); };
     if (warp * 4 < n) {
-        float value = row < n * 8 ? row_total(part, row) * factor : 0.0f;
-t_if(MODEL_QKV_BIAS, {|        if (row < n * 8)
-            value += S->args.vec[bias + Qkv::block(share_of(my_group()).head0, at(row / 8 % 4)) * 8 + row % 8];
-|})m4_dnl
+        const float value = row < n * 8 ? row_total(part, row) * factor + extra : 0.0f;
 t_if(PLAN_CLUSTER > 1, {|        give_floats(&S->qkv[0][0][0], QKV_HERE, n - warp * 4, value, at);|}, {|        give_blocks(qkv_hop(), layer_tag(layer), n - warp * 4, value, at);|})
     }
 }

@@ -529,6 +529,7 @@ static void test_streams(void)
     SPOILED(
         both, p.inflight = p.inflight_hop - 1,
         "plan: inflight is 1 and inflight_hop 2; they must be 1 or more, and inflight the larger");
+    SPOILED(both, p.inflight_heads = 0, "plan: inflight_heads is 0; it must be 1 or more");
     SPOILED(both, p.epoch0 = 0,
             "plan: epoch0 is 0 and a launch takes 3840 tags; tags must be 1..2147483647");
     SPOILED(both, p.tokens_per_launch = INT_MAX / 60 + 1,

@@ -568,6 +568,7 @@ static void check_shared(const struct gen_plan *p)
     PLAN_CHECK(p->smem_bytes - size < 1536, "%lld of %d", (long long) size, p->smem_bytes);
     PLAN_CHECK(p->stages >= 2 && p->inflight >= 1 && p->inflight <= p->stages);
     PLAN_CHECK(p->inflight_hop >= 1 && p->inflight_hop <= p->inflight);
+    PLAN_CHECK(p->inflight_heads >= 1 && p->inflight_heads <= p->stages);
 }
 
 /* A tile of prefill.cu.m4 with STAGES wanted. */
@@ -886,6 +887,7 @@ static void test_round_trip(void)
                                       "chunk_bytes=2048",
                                       "stages=5",
                                       "inflight=4",
+                                      "inflight_heads=3",
                                       "inflight_hop=2",
                                       "round_blocks=4",
                                       "tokens_per_launch=3",
@@ -915,7 +917,7 @@ static void test_round_trip(void)
     CHECKF(make(&m, &g, 100, NULL, all, &p) == 0, "%s", err.text);
     CHECK(p.ctas == 20 && p.warps == 5 && p.chunk_bytes == 2048 && p.stages == 5 &&
           p.inflight == 4);
-    CHECK(p.inflight_hop == 2 && p.round_blocks == 4 && p.group == 5 && p.balance == 77);
+    CHECK(p.inflight_heads == 3 && p.inflight_hop == 2 && p.round_blocks == 4 && p.group == 5 && p.balance == 77);
     CHECK(p.cluster == 0 && p.timing == 1);
     CHECK(p.tokens_per_launch == 3 && p.prefill_ctas == 19 && p.prefill_tokens == 48 && p.gemm_m == 64 && p.gemm_n == 64);
     CHECK(p.gemm_k == 32 && p.gemm_stages == 3 && p.flash_m == 128 && p.flash_n == 32);
@@ -1032,7 +1034,8 @@ static void test_settings(void)
     refused("qwen3-0.6b", "h200", 0, SET("prefill_tokens=17"),
             "plan: round_blocks is 10 and prefill_tokens 17; they must be multiples of 2 and 16");
     refused("qwen3-0.6b", "h200", 0, SET("inflight=9", "stages=8"),
-            "plan: inflight is 9 and inflight_hop 2; they must not exceed stages 8 and inflight");
+            "plan: inflight is 9, inflight_heads 9 and inflight_hop 2; they must not exceed stages 8, stages and "
+            "inflight");
     refused("qwen3-0.6b", "h200", 0, SET("stages=14"),
             "plan: decode needs 263728 bytes of shared memory, 34128 of them beside the ring, and "
             "a block of h200 has 232448; 12 stages of 16384 bytes would fit");

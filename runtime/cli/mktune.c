@@ -57,6 +57,7 @@ static const struct knob all_knobs[] = {
     { "chunk_bytes", "4096,8192,12288,16384,24576,32768" },
     { "stages", "3,4,5,6,8,10,12,16" },
     { "inflight", "2,3,4,6,8,10,12,16" },
+    { "inflight_heads", "3,4,6,8,10,12,16" },
     { "inflight_hop", "1,2,3,4,6,8,12" },
     { "round_blocks", "2,4,6,8,10,12,16" },
     { "warps", "4,5,6,7,8" },

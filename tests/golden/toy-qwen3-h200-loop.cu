@@ -36,6 +36,7 @@ constexpr int THREADS = 256; // of the consumer warps
 constexpr int STAGES = 12; // of the ring
 constexpr int STAGE_BYTES = 16384;
 constexpr int INFLIGHT = 4; // chunks on their way at most
+constexpr int INFLIGHT_HEADS = 12; // the same of what only groups with KV heads read
 constexpr int INFLIGHT_HOP = 2; // the same while a hop through L2 is awaited
 constexpr int ROUND = 10; // blocks between two barriers
 constexpr int KV_TILE = 64; // positions of a tile of the KV cache
@@ -1280,13 +1281,16 @@ static __device__ __forceinline__ void await_x(int which, int layer)
 
 // ---- q, k, v = x W (+ bias) ----------------------------------------------------------
 
-// Rows of blocks FIRST .. FIRST + N - 1 of this CTA go to all ranks of the group.
-static __device__ __forceinline__ void finish_qkv(int layer, int bias, int first, int n, const float *part, float factor)
+// Where block B of this CTA stands in its group.
+static __device__ __forceinline__ int qkv_place(int b) { return b * GROUP + my_rank(); }
+
+// Rows of blocks FIRST .. FIRST + N - 1 of this CTA go to all ranks of the group, EXTRA added.
+static __device__ __forceinline__ void finish_qkv(int layer, float extra, int first, int n, const float *part, float factor)
 {
     const int row = threadIdx.x, warp = threadIdx.x / 32;
-    const auto at = [&](int b) { return (first + warp * 4 + b) * GROUP + my_rank(); };
+    const auto at = [&](int b) { return qkv_place(first + warp * 4 + b); };
     if (warp * 4 < n) {
-        float value = row < n * 8 ? row_total(part, row) * factor : 0.0f;
+        const float value = row < n * 8 ? row_total(part, row) * factor + extra : 0.0f;
         give_floats(&S->qkv[0][0][0], QKV_HERE, n - warp * 4, value, at);
     }
 }
@@ -1791,12 +1795,13 @@ static __device__ __noinline__ Best rows(int what, int layer, int bias)
     for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
         const int n = min(ROUND, blocks - first);
         float *part = S->part_sums[side][0];
+        float extra = 0.0f; // read long before it is added
         chunk = multiply_round(chunk, S->x[which], n, part, is_ready, await);
         is_ready = true;
         consumer_barrier();
         const float factor = S->factor[which];
         if (what == QKV_ROWS)
-            finish_qkv(layer, bias, first, n, part, factor);
+            finish_qkv(layer, extra, first, n, part, factor);
         else if (what == MLP_ROWS)
             finish_mlp(layer, first, n, part, factor);
         else
@@ -2072,11 +2077,10 @@ static __device__ __forceinline__ void tell_landed()
         }
 }
 
-// May the producer fill the stage of CHUNK: is it free, and are few enough chunks on their way?
-static __device__ __forceinline__ bool may_fill(u32 chunk)
+// May the producer fill the stage of CHUNK: is it free, and are fewer than MOST chunks on their way?
+static __device__ __forceinline__ bool may_fill(u32 chunk, u32 most)
 {
-    const u32 most = load_flag(&S->hold) ? INFLIGHT_HOP : INFLIGHT;
-    if (chunk - load_flag(&S->landed) >= most)
+    if (chunk - load_flag(&S->landed) >= (load_flag(&S->hold) ? INFLIGHT_HOP : most))
         return false;
     return gate_free(&S->free[chunk % STAGES], chunk / STAGES);
 }
@@ -2087,9 +2091,9 @@ struct Piece {
     int bytes;
 };
 
-// Bring N chunks: PIECE(i).  When the consumers have left, there are no more tokens to feed.
-template <class Place>
-static __device__ __forceinline__ void feed(int n, Place piece)
+// Bring N chunks: PIECE(i); MOST on their way.  When the consumers have left, there are no more tokens to feed.
+template <class Make>
+static __device__ __forceinline__ void feed(int n, u32 most, Make piece)
 {
     u32 chunk = S->filled;
     bool is_done = S->fed >= S->args.n;
@@ -2097,7 +2101,7 @@ static __device__ __forceinline__ void feed(int n, Place piece)
     #pragma unroll 1
     for (int i = 0; i < n && !is_done; i++) {
         if (threadIdx.x % 32 == 0) // no watchdog: what holds the consumers up, they report themselves
-            while (!is_done && !may_fill(chunk))
+            while (!is_done && !may_fill(chunk, most))
                 is_done = load_flag(&S->done);
         is_done = of_lane0(is_done);
         if (!is_done) {
@@ -2122,10 +2126,10 @@ static __device__ __forceinline__ const unsigned char *my_layer(const Share &min
 }
 
 // Bring BLOCKS blocks, whose rows are all columns of x; of several chunks each, two blocks side by side.
-static __device__ __noinline__ void feed_rows(const unsigned char *src, int blocks)
+static __device__ __noinline__ void feed_rows(const unsigned char *src, int blocks, u32 most)
 {
     constexpr int SPANS = Head::SPANS, SPAN = Head::SPAN_UNITS * 512, LAST = Head::BLOCK_BYTES - (SPANS - 1) * SPAN;
-    feed(blocks * SPANS, [&](int i) -> Piece {
+    feed(blocks * SPANS, most, [&](int i) -> Piece {
         const int first = i / (SPANS * 2) * 2, in = i - first * SPANS, sides = first + 1 < blocks ? 2 : 1;
         const int span = in / sides, block = first + in % sides;
         return SPANS == 1 ? Piece{src + (u64)i * SPAN, SPAN}
@@ -2134,7 +2138,7 @@ static __device__ __noinline__ void feed_rows(const unsigned char *src, int bloc
 }
 
 // Bring UNITS units of my pairs of rows, SPAN at a time.
-static __device__ __noinline__ void feed_columns(const unsigned char *src, int units, int span)
+static __device__ __noinline__ void feed_columns(const unsigned char *src, int units, int span, u32 most)
 {
     Set set = {0, 0};
     #pragma unroll 1
@@ -2142,7 +2146,7 @@ static __device__ __noinline__ void feed_columns(const unsigned char *src, int u
         set = set_of(my_rank(), set.first + set.pairs);
         const int bytes = span * set.pairs * 1024, n = (units + span - 1) / span;
         const int last = (units - (n - 1) * span) * set.pairs * 1024;
-        feed(n, [&](int chunk) -> Piece { return {src + (u64)chunk * bytes, chunk < n - 1 ? bytes : last}; });
+        feed(n, most, [&](int chunk) -> Piece { return {src + (u64)chunk * bytes, chunk < n - 1 ? bytes : last}; });
         src += units * set.pairs * 1024;
     }
 }
@@ -2156,7 +2160,7 @@ static __device__ __noinline__ void feed_kv(int layer)
     #pragma unroll 1
     for (int head = 0; head < mine.heads; head++) {
         const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_rank() * KV_TILE_ELEMS;
-        feed(tiles, [&](int tile) -> Piece {
+        feed(tiles, INFLIGHT_HEADS, [&](int tile) -> Piece {
             return {(const unsigned char *)(cache + (u64)tile * (GROUP * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
         });
     }
@@ -2166,11 +2170,11 @@ static __device__ __noinline__ void feed_layer(int layer)
 {
     const Share mine = share_of(my_group());
     const unsigned char *src = my_layer(mine, layer);
-    feed_rows(src, Qkv::mine());
+    feed_rows(src, Qkv::mine(), INFLIGHT_HEADS);
     feed_kv(layer);
-    feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS);
-    feed_rows(src + mine.mlp, Mlp::mine());
-    feed_columns(src + mine.down, mine.units, Down::SPAN_UNITS);
+    feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS, INFLIGHT_HEADS);
+    feed_rows(src + mine.mlp, Mlp::mine(), INFLIGHT);
+    feed_columns(src + mine.down, mine.units, Down::SPAN_UNITS, INFLIGHT);
 }
 
 // The host's word, off the critical path: next_token passes it on.
@@ -2187,7 +2191,7 @@ static __device__ __forceinline__ void produce()
         for (int layer = 0; layer < L; layer++)
             feed_layer(layer);
         look_for_cancel();
-        feed_rows(my_stream(), Head::mine());
+        feed_rows(my_stream(), Head::mine(), INFLIGHT);
         sync_producer();
         if (threadIdx.x % 32 == 0)
             S->fed++;
