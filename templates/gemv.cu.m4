@@ -127,13 +127,13 @@ static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Span_x<Rows::UN
     #pragma unroll
     for (int p = 0; p < PAIRS_AT_ONCE; p++)
         weights[p].template load<N == 1>(chunk + p * 2);
+    release_chunks(chunk, N);
     ready(x);
     #pragma unroll
     for (int i = 0; i < Span<Rows::UNITS>::MINE; i++)
         #pragma unroll
         for (int p = 0; p < PAIRS_AT_ONCE; p++)
             weights[p].multiply(sum[p], x, i);
-    release_chunks(chunk, N);
     #pragma unroll
     for (int p = 0; p < PAIRS_AT_ONCE; p++)
         leave_sums<N == 1 ? 1 : 2>(sum[p], part + p * 16);
@@ -153,12 +153,12 @@ static __device__ __forceinline__ u32 multiply_spans(float (&sum)[2][4], u32 chu
         weights[t].template load<N == 1>(chunk + t * N);
         mine[t].load(x + t * UNITS * 32);
     }
+    release_chunks(chunk, N * TOGETHER);
     #pragma unroll
     for (int i = 0; i < Span<UNITS>::MINE; i++)
         #pragma unroll
         for (int t = 0; t < TOGETHER; t++)
             weights[t].multiply(part[t], mine[t], i);
-    release_chunks(chunk, N * TOGETHER);
     #pragma unroll
     for (int i = 0; i < 8; i++)
         #pragma unroll

@@ -181,6 +181,7 @@ static __device__ __noinline__ void columns(int which, int layer)
                 for (int u = 0; u < SPAN; u++) // what is not there is not multiplied
                     unit[c][u].load(shared_address(S->ring[(chunk + min(c, chunks - 1)) % STAGES])
                                     + (warp < set.pairs && u < span ? at + u * set.pairs * 1024 : 0));
+            release_chunks(chunk, chunks);
             if (EARLY && !is_ready)
                 await_columns(which, layer, units);
             is_ready = true;
@@ -190,7 +191,6 @@ static __device__ __noinline__ void columns(int which, int layer)
                 for (int u = 0; u < SPAN; u++)
                     if (u < span && from + c * span + u < units)
                         unit[c][u].multiply(sum[u % 2], load_x(x, from + c * span + u));
-            release_chunks(chunk, chunks);
             chunk += chunks;
         }
         if (warp < set.pairs) {

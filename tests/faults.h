@@ -193,14 +193,13 @@ static const struct fault {
      {"released-early", {{"    wait_landed(chunk + N * TOGETHER);\n",
                           "    wait_landed(chunk + N * TOGETHER);\n"
                           "    release_chunks(chunk, N * TOGETHER);\n", 1},
-                         {"mine[t], i);\n"
-                          "    release_chunks(chunk, N * TOGETHER);\n",
-                          "mine[t], i);\n", 1}}}},
+                         {"* 32);\n    }\n    release_chunks(chunk, N * TOGETHER);\n",
+                          "* 32);\n    }\n", 1}}}},
     {3, 20, 0, "stages of O and DOWN are released before they are read",
      {"sums-released-early", {{"            wait_landed(chunk + chunks);\n",
                                "            wait_landed(chunk + chunks);\n"
                                "            release_chunks(chunk, chunks);\n", 1},
-                              {"+ u));\n            release_chunks(chunk, chunks);\n", "+ u));\n", 1}}}},
+                              {" : 0));\n            release_chunks(chunk, chunks);\n", " : 0));\n", 1}}}},
     {13, 20, 0, "a tile of the cache is released before it is read",
      {"tile-released-early", {{"        wait_landed(chunk + n);\n",
                                "        wait_landed(chunk + n);\n        release_chunks(chunk, n);\n", 1},
@@ -214,9 +213,8 @@ static const struct fault {
                           {"    if ((int)threadIdx.x % 32 < n)\n        gate_release(",
                            "    if ((int)threadIdx.x < n)\n        gate_release(", 1}}}},
     {0, 0, 0, "warps without rows of O and DOWN do not release their chunks",
-     {"not-released", {{"            release_chunks(chunk, chunks);\n            chunk += chunks;\n",
-                        "            if (warp < set.pairs)\n                release_chunks(chunk, chunks);\n"
-                        "            chunk += chunks;\n", 1}}}},
+     {"not-released", {{"            release_chunks(chunk, chunks);\n",
+                        "            if (warp < set.pairs)\n                release_chunks(chunk, chunks);\n", 1}}}},
     {1, 20, 0, "a stage counts as landed when its cp.asyncs are on their way",
      {"landed-early", {{"    mbarrier_arrive_copied(full);\n", "    mbarrier_arrive(full);\n", 1}}}},
     {0, 20, 0, "the copy engine is told of 16 bytes fewer than it brings",

@@ -923,13 +923,13 @@ static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Span_x<Rows::UN
     #pragma unroll
     for (int p = 0; p < PAIRS_AT_ONCE; p++)
         weights[p].template load<N == 1>(chunk + p * 2);
+    release_chunks(chunk, N);
     ready(x);
     #pragma unroll
     for (int i = 0; i < Span<Rows::UNITS>::MINE; i++)
         #pragma unroll
         for (int p = 0; p < PAIRS_AT_ONCE; p++)
             weights[p].multiply(sum[p], x, i);
-    release_chunks(chunk, N);
     #pragma unroll
     for (int p = 0; p < PAIRS_AT_ONCE; p++)
         leave_sums<N == 1 ? 1 : 2>(sum[p], part + p * 16);
@@ -949,12 +949,12 @@ static __device__ __forceinline__ u32 multiply_spans(float (&sum)[2][4], u32 chu
         weights[t].template load<N == 1>(chunk + t * N);
         mine[t].load(x + t * UNITS * 32);
     }
+    release_chunks(chunk, N * TOGETHER);
     #pragma unroll
     for (int i = 0; i < Span<UNITS>::MINE; i++)
         #pragma unroll
         for (int t = 0; t < TOGETHER; t++)
             weights[t].multiply(part[t], mine[t], i);
-    release_chunks(chunk, N * TOGETHER);
     #pragma unroll
     for (int i = 0; i < 8; i++)
         #pragma unroll
@@ -1805,6 +1805,7 @@ static __device__ __noinline__ void columns(int which, int layer)
                 for (int u = 0; u < SPAN; u++) // what is not there is not multiplied
                     unit[c][u].load(shared_address(S->ring[(chunk + min(c, chunks - 1)) % STAGES])
                                     + (warp < set.pairs && u < span ? at + u * set.pairs * 1024 : 0));
+            release_chunks(chunk, chunks);
             if (EARLY && !is_ready)
                 await_columns(which, layer, units);
             is_ready = true;
@@ -1814,7 +1815,6 @@ static __device__ __noinline__ void columns(int which, int layer)
                 for (int u = 0; u < SPAN; u++)
                     if (u < span && from + c * span + u < units)
                         unit[c][u].multiply(sum[u % 2], load_x(x, from + c * span + u));
-            release_chunks(chunk, chunks);
             chunk += chunks;
         }
         if (warp < set.pairs) {
