@@ -13,9 +13,21 @@ extern void *make_fcontext(void *top, size_t size, void (*run)(struct transfer))
 
 enum { STACK = 64 << 10, SANITIZED_STACK = 256 << 10, GUARD = 4096 };
 
-int fiber_make(struct fiber *f)
+/* Stacks that no fiber has: a launch of another shape takes them, pages and all.  The link lies at the top.
+   ThreadSanitizer would take what the last fiber left there for a race. */
+struct spare {
+    struct spare *next;
+    char *stack;
+};
+static struct spare *spares;
+
+static struct spare *top_of(const struct fiber *f)
 {
-    f->stack_bytes = __tsan_create_fiber || __asan_region_is_poisoned ? SANITIZED_STACK : STACK;
+    return (struct spare *) (void *) (f->stack + f->stack_bytes - sizeof(struct spare));
+}
+
+static int map_stack(struct fiber *f)
+{
     f->stack = mmap(NULL, f->stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                     -1, 0);
     if (f->stack == MAP_FAILED) {
@@ -23,6 +35,18 @@ int fiber_make(struct fiber *f)
         return -1;
     }
     mprotect(f->stack, GUARD, PROT_NONE);
+    return 0;
+}
+
+int fiber_make(struct fiber *f)
+{
+    f->stack_bytes = __tsan_create_fiber || __asan_region_is_poisoned ? SANITIZED_STACK : STACK;
+    if (spares) {
+        f->stack = spares->stack;
+        spares = spares->next;
+    } else if (map_stack(f)) {
+        return -1;
+    }
     f->tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : NULL;
     f->fake_stack = NULL;
     return 0;
@@ -35,7 +59,12 @@ void fiber_free(struct fiber *f)
             __tsan_destroy_fiber(f->tsan);
         if (__asan_unpoison_memory_region)
             __asan_unpoison_memory_region(f->stack + GUARD, f->stack_bytes - GUARD);
-        munmap(f->stack, f->stack_bytes);
+        if (__tsan_create_fiber) {
+            munmap(f->stack, f->stack_bytes);
+        } else {
+            *top_of(f) = (struct spare) {spares, f->stack};
+            spares = top_of(f);
+        }
     }
     f->stack = NULL;
     f->tsan = NULL;

@@ -70,6 +70,12 @@ static size_t guard_bytes(void)
     return __asan_region_is_poisoned ? 0 : GUARD;
 }
 
+static void guarded_clear(char *memory, size_t bytes)
+{
+    memset(memory, 0xff, bytes);
+    memset(memory + bytes, GUARD_BYTE, guard_bytes());
+}
+
 char *guarded_alloc(size_t bytes, unsigned at)
 {
     void *page;
@@ -78,8 +84,7 @@ char *guarded_alloc(size_t bytes, unsigned at)
     if (posix_memalign(&page, PAGE, at + bytes + guard_bytes()))
         return NULL;
     memory = (char *) page + at;
-    memset(memory, 0xff, bytes);
-    memset(memory + bytes, GUARD_BYTE, guard_bytes());
+    guarded_clear(memory, bytes);
     return memory;
 }
 
@@ -125,12 +130,24 @@ static void start_lane(struct warp *w, int i)
     fiber_start(&l->fiber, run_lane);
 }
 
+/* Fresh shared memory: the last launch's pages, if there are as many.  ThreadSanitizer wants others, or what the
+   last CTA did there is a race. */
+static int make_shared(struct cta *c)
+{
+    if (c->shared && c->shared_bytes == machine.smem && !__tsan_acquire) {
+        guarded_clear(c->shared, machine.smem);
+        return 0;
+    }
+    guarded_free(c->shared);
+    c->shared = guarded_alloc(machine.smem, (unsigned) c->slot % 4 * 1024); /* they shall not all meet in a cache */
+    c->shared_bytes = machine.smem;
+    return c->shared ? 0 : -1;
+}
+
 static int start_cta(struct cta *c)
 {
     c->index = (int) machine.next++;
-    guarded_free(c->shared);
-    c->shared = guarded_alloc(machine.smem, (unsigned) c->slot % 4 * 1024); /* they shall not all meet in a cache */
-    if (!c->shared)
+    if (make_shared(c))
         return -1;
     memset(c->barriers, 0, sizeof c->barriers);
     memset(&c->cluster, 0, sizeof c->cluster);

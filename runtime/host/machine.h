@@ -133,6 +133,7 @@ struct cta {
     int index, live; /* live: lanes */
     int slot;        /* in machine.ctas */
     char *shared;
+    unsigned shared_bytes;
     int n_warps;
     struct warp *warps;
     struct barrier barriers[BARRIERS];
