@@ -19,16 +19,6 @@ enum {
 
 /* ---- Chance --------------------------------------------------------------- */
 
-uint64_t machine_random(uint64_t below)
-{
-    uint64_t z = machine.rng += 0x9E3779B97F4A7C15ull;
-
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    return (uint64_t) ((unsigned __int128) z * below >> 64);
-}
-
 /* Seed 0 is calm: turns are long and go round, nothing is late.  Each other seed has a temper. */
 static void draw_temper(void)
 {
@@ -56,8 +46,14 @@ static void draw_weights(void)
 {
     static const unsigned weights[] = {0, 1, 1, 4, 4, 16, 64};
 
-    for (int i = 0; i < machine.n_warps; i++)
-        machine.warps[i]->weight = sleeps(machine.warps[i]) ? 0 : machine.redraw ? weights[machine_random(7)] : 1;
+    machine.able = machine.total = 0;
+    for (int i = 0; i < machine.n_warps; i++) {
+        struct warp *w = machine.warps[i];
+        w->weight = sleeps(w) ? 0 : machine.redraw ? weights[machine_random(7)] : 1;
+        machine.able += w->in[READY] != 0;
+        machine.chances[i] = w->in[READY] ? w->weight : 0;
+        machine.total += machine.chances[i];
+    }
 }
 
 /* ---- Memory --------------------------------------------------------------- */
@@ -118,7 +114,7 @@ static void start_lane(struct warp *w, int i)
                                      .blocks = {machine.grid, 1, 1},
                                      .shared = w->cta->shared};
     l->warp = w;
-    l->state = READY;
+    l->bit = 1u << i;
     l->doing = "not started";
     l->frame = l->about = NULL;
     l->patience = 0;
@@ -156,7 +152,10 @@ static int start_cta(struct cta *c)
     c->live = (int) machine.block;
     for (int i = 0; i < c->n_warps; i++) {
         struct warp *w = &c->warps[i];
-        w->live = w->ready = w->n_lanes;
+        w->live = w->n_lanes;
+        memset(w->in, 0, sizeof w->in);
+        w->in[READY] = ~0u >> (LANES - w->n_lanes);
+        count_warp(w);
         w->met = 0;
         w->step = 1;
         w->watched = w->syncs = w->generation = 0;
@@ -220,8 +219,10 @@ static void free_ctas(void)
         free_cta(machine.ctas[i]);
     free(machine.ctas);
     free(machine.warps);
+    free(machine.chances);
     machine.ctas = NULL;
     machine.warps = NULL;
+    machine.chances = NULL;
 }
 
 static int make_ctas(unsigned block, unsigned resident)
@@ -239,10 +240,13 @@ static int make_ctas(unsigned block, unsigned resident)
             return -1;
     machine.n_warps = machine.ctas ? (int) resident * machine.ctas[0]->n_warps : 0;
     machine.warps = calloc((size_t) machine.n_warps + 1, sizeof *machine.warps);
-    if (!machine.ctas || !machine.warps)
+    machine.chances = calloc((size_t) machine.n_warps + 1, sizeof *machine.chances);
+    if (!machine.ctas || !machine.warps || !machine.chances)
         return -1;
-    for (int i = 0; i < machine.n_warps; i++)
+    for (int i = 0; i < machine.n_warps; i++) {
         machine.warps[i] = &machine.ctas[i / machine.ctas[0]->n_warps]->warps[i % machine.ctas[0]->n_warps];
+        machine.warps[i]->number = i;
+    }
     return 0;
 }
 
@@ -271,6 +275,7 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
     machine.steps = machine.calm = 0; /* a seed's schedule does not depend on what ran before */
     machine.ended = NULL;
     machine.changed_at = machine.steps;
+    machine.redraw_at = 0;
     machine.quantum = 1;
     free(machine.report);
     machine.report = NULL;
@@ -361,7 +366,7 @@ void switch_to(struct lane *to)
         if (machine.view != to->warp->cta)
             show_view(to->warp->cta);
     }
-    if (from->state == GONE && from->warp)
+    if (from->warp && is_in(from, GONE))
         fiber_leave(&from->fiber, &to->fiber);
     else
         fiber_switch(&from->fiber, &to->fiber);
@@ -370,36 +375,26 @@ void switch_to(struct lane *to)
 /* A ready lane of W: the next in the warp's order. */
 static struct lane *lane_of(struct warp *w)
 {
-    const int from = machine.now->warp == w ? (int) (machine.now - w->lanes) : (int) machine_random((uint64_t) w->n_lanes);
-
-    for (int i = 1; i <= w->n_lanes; i++) {
-        struct lane *l = &w->lanes[(from + i * w->step + i * (w->step < 0) * w->n_lanes) % w->n_lanes];
-        if (l->state == READY)
-            return l;
-    }
-    return NULL;
+    return next_lane(w, machine.now->warp == w ? (unsigned) __builtin_ctz(machine.now->bit)
+                                               : (unsigned) machine_random((uint64_t) w->n_lanes));
 }
 
 /* A warp that can go on, by weight; those without any only when there is no other.  NULL: none. */
 static struct warp *choose_warp(void)
 {
-    unsigned total = 0, able = 0, at;
+    unsigned at;
+    int i = 0;
 
-    for (int i = 0; i < machine.n_warps; i++)
-        if (machine.warps[i]->ready) {
-            total += machine.warps[i]->weight;
-            able++;
-        }
-    if (!able)
+    if (!machine.able)
         return NULL;
-    at = (unsigned) machine_random(total ? total : able);
-    for (int i = 0;; i++) {
-        struct warp *w = machine.warps[i];
-        const unsigned weight = w->ready ? total ? w->weight : 1 : 0;
-        if (at < weight)
-            return w;
-        at -= weight;
-    }
+    at = (unsigned) machine_random(machine.total ? machine.total : machine.able);
+    if (machine.total)
+        for (; at >= machine.chances[i]; i++)
+            at -= machine.chances[i];
+    else
+        for (; !machine.warps[i]->in[READY] || at; i++)
+            at -= machine.warps[i]->in[READY] != 0;
+    return machine.warps[i];
 }
 
 /* The same without chance: round and round. */
@@ -407,7 +402,7 @@ static struct warp *next_warp(void)
 {
     for (int i = 0; i < machine.n_warps; i++) {
         machine.calm = (machine.calm + 1) % (unsigned) machine.n_warps;
-        if (machine.warps[machine.calm]->ready)
+        if (machine.warps[machine.calm]->in[READY])
             return machine.warps[machine.calm];
     }
     return NULL;
@@ -428,7 +423,7 @@ static void stalled(void)
     for (int i = 0; i < machine.n_warps; i++)
         for (int lane = 0; lane < machine.warps[i]->n_lanes; lane++) {
             struct lane *l = &machine.warps[i]->lanes[lane];
-            if (l->state == PARKED)
+            if (is_in(l, PARKED))
                 set_state(l, READY);
             l->polls = 0;
             l->patience = STALL_POLLS;
@@ -437,12 +432,29 @@ static void stalled(void)
 
 static int settle_any(int weak_too)
 {
-    const unsigned from = (unsigned) machine_random(machine.resident);
+    unsigned at = (unsigned) machine_random(machine.resident);
 
-    for (unsigned i = 0; i < machine.resident; i++)
-        if (settle_some(machine.ctas[(from + i) % machine.resident], weak_too))
+    for (unsigned i = 0; i < machine.resident; i++) {
+        struct cta *c = machine.ctas[at];
+        if (c->n_pending + c->n_stale && settle_some(c, weak_too))
             return 1;
+        at = at + 1 < machine.resident ? at + 1 : 0;
+    }
     return 0;
+}
+
+/* Is it time for new weights?  In steps that are multiples of machine.redraw, but for those in which the host goes
+   on, and once when the sleeper falls asleep. */
+static int redraw_now(void)
+{
+    int now = machine.steps == machine.sleeps_at;
+
+    if (machine.redraw && machine.steps >= machine.redraw_at) {
+        const uint64_t behind = machine.steps % machine.redraw;
+        now |= behind == 0;
+        machine.redraw_at = machine.steps - behind + machine.redraw;
+    }
+    return now;
 }
 
 /* One thing that is late happens: a store is seen, a copy lands.  IDLE: no lane can go on without. */
@@ -479,7 +491,7 @@ void reschedule(void)
             fail_launch("no word changes any more");
             continue;
         }
-        if ((machine.redraw && machine.steps % machine.redraw == 0) || machine.steps == machine.sleeps_at)
+        if (redraw_now())
             draw_weights();
         if (!machine.seed)
             while (machine.n_late)
@@ -554,7 +566,7 @@ void changed(const void *p)
         w->watched = 0;
         for (int lane = 0; lane < w->n_lanes; lane++) {
             struct lane *l = &w->lanes[lane];
-            if (l->state == PARKED)
+            if (is_in(l, PARKED))
                 set_state(l, READY);
             l->polls = l->patience = 0;
             w->watched |= l->watched;

@@ -58,7 +58,7 @@ struct lane {
     struct mkhost_lane place; /* first: mkhost_now points here */
     struct fiber fiber;
     struct warp *warp;
-    enum lane_state state;
+    uint32_t bit;       /* of its warp's lanes */
     const char *doing;  /* the primitive it is in */
     const void *frame;  /* of that call: where reports begin */
     const void *about;  /* the address it asks for, or NULL */
@@ -89,7 +89,9 @@ struct warp {
     struct cta *cta;
     struct lane lanes[LANES];
     int index, n_lanes;
-    int live, ready;            /* lanes that have not gone; that can go on */
+    int number;                 /* in machine.warps */
+    int live;                   /* lanes that have not gone */
+    uint32_t in[GONE + 1];      /* lanes in each state, a bit for each */
     int met, step;              /* at the collective; +1 or -1: who goes next */
     const char *meeting;        /* its name */
     uint64_t watched;           /* of its parked lanes */
@@ -182,6 +184,9 @@ struct machine {
     int n_warps, running;
     /* the schedule */
     uint64_t seed, rng;
+    unsigned *chances;   /* of each warp: its weight, or 0 when no lane is ready */
+    unsigned total, able; /* of all of these; warps with a lane that is ready */
+    uint64_t redraw_at;
     int quantum, quantum_most;
     unsigned late_rate; /* of 1024: how often what is late happens */
     unsigned redraw;    /* steps between new weights; 0: all the same */
@@ -225,7 +230,6 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
 /* Run for about STEPS decisions of the scheduler (0: to the end).  Returns 1 when the launch has ended
    (machine.failed tells how), 0 when there is more. */
 int machine_run(int64_t steps);
-uint64_t machine_random(uint64_t below);
 /* Let another lane go on, or this one if it can. */
 void reschedule(void);
 void switch_to(struct lane *to);
@@ -234,10 +238,53 @@ void changed(const void *p);
 /* The lane at work asks again and again for P. */
 void polled(struct lane *l, const void *p);
 
+/* Chance, drawn from the seed: a number below BELOW. */
+static inline uint64_t machine_random(uint64_t below)
+{
+    uint64_t z = machine.rng += 0x9E3779B97F4A7C15ull;
+
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    return (uint64_t) ((unsigned __int128) z * below >> 64);
+}
+
+static inline int is_in(const struct lane *l, enum lane_state state)
+{
+    return (l->warp->in[state] & l->bit) != 0;
+}
+
+/* W has got its first lane that is ready, or lost its last one. */
+static inline void count_warp(const struct warp *w)
+{
+    const unsigned chance = w->in[READY] ? w->weight : 0;
+
+    machine.able += w->in[READY] ? 1u : -1u;
+    machine.total += chance - machine.chances[w->number];
+    machine.chances[w->number] = chance;
+}
+
 static inline void set_state(struct lane *l, enum lane_state state)
 {
-    l->warp->ready += (state == READY) - (l->state == READY);
-    l->state = state;
+    struct warp *w = l->warp;
+    const uint32_t before = w->in[READY];
+
+    for (int i = READY; i <= GONE; i++)
+        w->in[i] &= ~l->bit;
+    w->in[state] |= l->bit;
+    if (!before != !w->in[READY])
+        count_warp(w);
+}
+
+/* The next lane of W behind lane FROM that is ready, in the order that the warp has now; FROM itself is the last.
+   There is one. */
+static inline struct lane *next_lane(struct warp *w, unsigned from)
+{
+    const uint32_t ready = w->in[READY], above = ready & ~0u << from << 1, below = ready & ((1u << from) - 1);
+
+    if (w->step > 0)
+        return &w->lanes[__builtin_ctz(above ? above : ready)];
+    return &w->lanes[31 - __builtin_clz(below ? below : ready)];
 }
 
 /* Every primitive begins with this: the lane at work, which may lose its turn here. */
