@@ -193,7 +193,9 @@ static struct cta *make_cta(void)
     if (!c)
         return NULL;
     c->n_warps = (int) (machine.block + LANES - 1) / LANES;
-    c->warps = calloc((size_t) c->n_warps, sizeof *c->warps);
+    c->warps = aligned_alloc(CACHE_LINE, (size_t) c->n_warps * sizeof *c->warps);
+    if (c->warps)
+        memset(c->warps, 0, (size_t) c->n_warps * sizeof *c->warps);
     for (int i = 0; c->warps && i < c->n_warps; i++) {
         struct warp *w = &c->warps[i];
         w->cta = c;
@@ -355,22 +357,6 @@ static void run_lane(void)
 }
 
 /* ---- The scheduler -------------------------------------------------------- */
-
-void switch_to(struct lane *to)
-{
-    struct lane *from = machine.now;
-
-    machine.now = to;
-    if (to->warp) {
-        mkhost_now = &to->place;
-        if (machine.view != to->warp->cta)
-            show_view(to->warp->cta);
-    }
-    if (from->warp && is_in(from, GONE))
-        fiber_leave(&from->fiber, &to->fiber);
-    else
-        fiber_switch(&from->fiber, &to->fiber);
-}
 
 /* A ready lane of W: the next in the warp's order. */
 static struct lane *lane_of(struct warp *w)

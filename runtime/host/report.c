@@ -66,7 +66,7 @@ static void put_address(FILE *f, const struct lane *l, const void *p)
 /* Return addresses of the calls that L is in, the innermost first. */
 static int frames_of(const struct lane *l, const void *pc[MOST_FRAMES])
 {
-    const char *low = l->fiber.stack, *high = low + l->fiber.stack_bytes;
+    const char *low = l->fiber.stack, *high = low + l->fiber.stack_bytes - l->fiber.colour;
     const void *const *frame = l->frame;
     int n = 0;
 
