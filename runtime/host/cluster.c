@@ -40,7 +40,7 @@ static void wake(struct cta *cta, const struct barrier *b)
     for (int i = 0; i < cta->n_warps; i++)
         for (int lane = 0; lane < cta->warps[i].n_lanes; lane++) {
             struct lane *l = &cta->warps[i].lanes[lane];
-            if (l->state == WAITING && l->about == b)
+            if (is_in(l, WAITING) && l->about == b)
                 set_state(l, READY);
         }
 }
@@ -114,7 +114,7 @@ static int has_arrived(const struct warp *w, const struct barrier *b)
     int n = 0;
 
     for (int i = 0; i < w->n_lanes; i++)
-        n += w->lanes[i].state == GONE || (w->lanes[i].in_cluster && w->lanes[i].cluster_phase == b->phase);
+        n += is_in(&w->lanes[i], GONE) || (w->lanes[i].in_cluster && w->lanes[i].cluster_phase == b->phase);
     return n == w->n_lanes;
 }
 

@@ -19,16 +19,6 @@ enum {
 
 /* ---- Chance --------------------------------------------------------------- */
 
-uint64_t machine_random(uint64_t below)
-{
-    uint64_t z = machine.rng += 0x9E3779B97F4A7C15ull;
-
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    return (uint64_t) ((unsigned __int128) z * below >> 64);
-}
-
 /* Seed 0 is calm: turns are long and go round, nothing is late.  Each other seed has a temper. */
 static void draw_temper(void)
 {
@@ -56,8 +46,14 @@ static void draw_weights(void)
 {
     static const unsigned weights[] = {0, 1, 1, 4, 4, 16, 64};
 
-    for (int i = 0; i < machine.n_warps; i++)
-        machine.warps[i]->weight = sleeps(machine.warps[i]) ? 0 : machine.redraw ? weights[machine_random(7)] : 1;
+    machine.able = machine.total = 0;
+    for (int i = 0; i < machine.n_warps; i++) {
+        struct warp *w = machine.warps[i];
+        w->weight = sleeps(w) ? 0 : machine.redraw ? weights[machine_random(7)] : 1;
+        machine.able += w->in[READY] != 0;
+        machine.chances[i] = w->in[READY] ? w->weight : 0;
+        machine.total += machine.chances[i];
+    }
 }
 
 /* ---- Memory --------------------------------------------------------------- */
@@ -70,6 +66,12 @@ static size_t guard_bytes(void)
     return __asan_region_is_poisoned ? 0 : GUARD;
 }
 
+static void guarded_clear(char *memory, size_t bytes)
+{
+    memset(memory, 0xff, bytes);
+    memset(memory + bytes, GUARD_BYTE, guard_bytes());
+}
+
 char *guarded_alloc(size_t bytes, unsigned at)
 {
     void *page;
@@ -78,8 +80,7 @@ char *guarded_alloc(size_t bytes, unsigned at)
     if (posix_memalign(&page, PAGE, at + bytes + guard_bytes()))
         return NULL;
     memory = (char *) page + at;
-    memset(memory, 0xff, bytes);
-    memset(memory + bytes, GUARD_BYTE, guard_bytes());
+    guarded_clear(memory, bytes);
     return memory;
 }
 
@@ -113,7 +114,7 @@ static void start_lane(struct warp *w, int i)
                                      .blocks = {machine.grid, 1, 1},
                                      .shared = w->cta->shared};
     l->warp = w;
-    l->state = READY;
+    l->bit = 1u << i;
     l->doing = "not started";
     l->frame = l->about = NULL;
     l->patience = 0;
@@ -125,12 +126,24 @@ static void start_lane(struct warp *w, int i)
     fiber_start(&l->fiber, run_lane);
 }
 
+/* Fresh shared memory: the last launch's pages, if there are as many.  ThreadSanitizer wants others, or what the
+   last CTA did there is a race. */
+static int make_shared(struct cta *c)
+{
+    if (c->shared && c->shared_bytes == machine.smem && !__tsan_acquire) {
+        guarded_clear(c->shared, machine.smem);
+        return 0;
+    }
+    guarded_free(c->shared);
+    c->shared = guarded_alloc(machine.smem, (unsigned) c->slot % 4 * 1024); /* they shall not all meet in a cache */
+    c->shared_bytes = machine.smem;
+    return c->shared ? 0 : -1;
+}
+
 static int start_cta(struct cta *c)
 {
     c->index = (int) machine.next++;
-    guarded_free(c->shared);
-    c->shared = guarded_alloc(machine.smem, (unsigned) c->slot % 4 * 1024); /* they shall not all meet in a cache */
-    if (!c->shared)
+    if (make_shared(c))
         return -1;
     memset(c->barriers, 0, sizeof c->barriers);
     memset(&c->cluster, 0, sizeof c->cluster);
@@ -139,7 +152,10 @@ static int start_cta(struct cta *c)
     c->live = (int) machine.block;
     for (int i = 0; i < c->n_warps; i++) {
         struct warp *w = &c->warps[i];
-        w->live = w->ready = w->n_lanes;
+        w->live = w->n_lanes;
+        memset(w->in, 0, sizeof w->in);
+        w->in[READY] = ~0u >> (LANES - w->n_lanes);
+        count_warp(w);
         w->met = 0;
         w->step = 1;
         w->watched = w->syncs = w->generation = 0;
@@ -177,7 +193,9 @@ static struct cta *make_cta(void)
     if (!c)
         return NULL;
     c->n_warps = (int) (machine.block + LANES - 1) / LANES;
-    c->warps = calloc((size_t) c->n_warps, sizeof *c->warps);
+    c->warps = aligned_alloc(CACHE_LINE, (size_t) c->n_warps * sizeof *c->warps);
+    if (c->warps)
+        memset(c->warps, 0, (size_t) c->n_warps * sizeof *c->warps);
     for (int i = 0; c->warps && i < c->n_warps; i++) {
         struct warp *w = &c->warps[i];
         w->cta = c;
@@ -203,8 +221,10 @@ static void free_ctas(void)
         free_cta(machine.ctas[i]);
     free(machine.ctas);
     free(machine.warps);
+    free(machine.chances);
     machine.ctas = NULL;
     machine.warps = NULL;
+    machine.chances = NULL;
 }
 
 static int make_ctas(unsigned block, unsigned resident)
@@ -222,10 +242,13 @@ static int make_ctas(unsigned block, unsigned resident)
             return -1;
     machine.n_warps = machine.ctas ? (int) resident * machine.ctas[0]->n_warps : 0;
     machine.warps = calloc((size_t) machine.n_warps + 1, sizeof *machine.warps);
-    if (!machine.ctas || !machine.warps)
+    machine.chances = calloc((size_t) machine.n_warps + 1, sizeof *machine.chances);
+    if (!machine.ctas || !machine.warps || !machine.chances)
         return -1;
-    for (int i = 0; i < machine.n_warps; i++)
+    for (int i = 0; i < machine.n_warps; i++) {
         machine.warps[i] = &machine.ctas[i / machine.ctas[0]->n_warps]->warps[i % machine.ctas[0]->n_warps];
+        machine.warps[i]->number = i;
+    }
     return 0;
 }
 
@@ -254,6 +277,7 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
     machine.steps = machine.calm = 0; /* a seed's schedule does not depend on what ran before */
     machine.ended = NULL;
     machine.changed_at = machine.steps;
+    machine.redraw_at = 0;
     machine.quantum = 1;
     free(machine.report);
     machine.report = NULL;
@@ -334,55 +358,29 @@ static void run_lane(void)
 
 /* ---- The scheduler -------------------------------------------------------- */
 
-void switch_to(struct lane *to)
-{
-    struct lane *from = machine.now;
-
-    machine.now = to;
-    if (to->warp) {
-        mkhost_now = &to->place;
-        if (machine.view != to->warp->cta)
-            show_view(to->warp->cta);
-    }
-    if (from->state == GONE && from->warp)
-        fiber_leave(&from->fiber, &to->fiber);
-    else
-        fiber_switch(&from->fiber, &to->fiber);
-}
-
 /* A ready lane of W: the next in the warp's order. */
 static struct lane *lane_of(struct warp *w)
 {
-    const int from = machine.now->warp == w ? (int) (machine.now - w->lanes) : (int) machine_random((uint64_t) w->n_lanes);
-
-    for (int i = 1; i <= w->n_lanes; i++) {
-        struct lane *l = &w->lanes[(from + i * w->step + i * (w->step < 0) * w->n_lanes) % w->n_lanes];
-        if (l->state == READY)
-            return l;
-    }
-    return NULL;
+    return next_lane(w, machine.now->warp == w ? (unsigned) __builtin_ctz(machine.now->bit)
+                                               : (unsigned) machine_random((uint64_t) w->n_lanes));
 }
 
 /* A warp that can go on, by weight; those without any only when there is no other.  NULL: none. */
 static struct warp *choose_warp(void)
 {
-    unsigned total = 0, able = 0, at;
+    unsigned at;
+    int i = 0;
 
-    for (int i = 0; i < machine.n_warps; i++)
-        if (machine.warps[i]->ready) {
-            total += machine.warps[i]->weight;
-            able++;
-        }
-    if (!able)
+    if (!machine.able)
         return NULL;
-    at = (unsigned) machine_random(total ? total : able);
-    for (int i = 0;; i++) {
-        struct warp *w = machine.warps[i];
-        const unsigned weight = w->ready ? total ? w->weight : 1 : 0;
-        if (at < weight)
-            return w;
-        at -= weight;
-    }
+    at = (unsigned) machine_random(machine.total ? machine.total : machine.able);
+    if (machine.total)
+        for (; at >= machine.chances[i]; i++)
+            at -= machine.chances[i];
+    else
+        for (; !machine.warps[i]->in[READY] || at; i++)
+            at -= machine.warps[i]->in[READY] != 0;
+    return machine.warps[i];
 }
 
 /* The same without chance: round and round. */
@@ -390,7 +388,7 @@ static struct warp *next_warp(void)
 {
     for (int i = 0; i < machine.n_warps; i++) {
         machine.calm = (machine.calm + 1) % (unsigned) machine.n_warps;
-        if (machine.warps[machine.calm]->ready)
+        if (machine.warps[machine.calm]->in[READY])
             return machine.warps[machine.calm];
     }
     return NULL;
@@ -411,7 +409,7 @@ static void stalled(void)
     for (int i = 0; i < machine.n_warps; i++)
         for (int lane = 0; lane < machine.warps[i]->n_lanes; lane++) {
             struct lane *l = &machine.warps[i]->lanes[lane];
-            if (l->state == PARKED)
+            if (is_in(l, PARKED))
                 set_state(l, READY);
             l->polls = 0;
             l->patience = STALL_POLLS;
@@ -420,12 +418,29 @@ static void stalled(void)
 
 static int settle_any(int weak_too)
 {
-    const unsigned from = (unsigned) machine_random(machine.resident);
+    unsigned at = (unsigned) machine_random(machine.resident);
 
-    for (unsigned i = 0; i < machine.resident; i++)
-        if (settle_some(machine.ctas[(from + i) % machine.resident], weak_too))
+    for (unsigned i = 0; i < machine.resident; i++) {
+        struct cta *c = machine.ctas[at];
+        if (c->n_pending + c->n_stale && settle_some(c, weak_too))
             return 1;
+        at = at + 1 < machine.resident ? at + 1 : 0;
+    }
     return 0;
+}
+
+/* Is it time for new weights?  In steps that are multiples of machine.redraw, but for those in which the host goes
+   on, and once when the sleeper falls asleep. */
+static int redraw_now(void)
+{
+    int now = machine.steps == machine.sleeps_at;
+
+    if (machine.redraw && machine.steps >= machine.redraw_at) {
+        const uint64_t behind = machine.steps % machine.redraw;
+        now |= behind == 0;
+        machine.redraw_at = machine.steps - behind + machine.redraw;
+    }
+    return now;
 }
 
 /* One thing that is late happens: a store is seen, a copy lands.  IDLE: no lane can go on without. */
@@ -462,7 +477,7 @@ void reschedule(void)
             fail_launch("no word changes any more");
             continue;
         }
-        if ((machine.redraw && machine.steps % machine.redraw == 0) || machine.steps == machine.sleeps_at)
+        if (redraw_now())
             draw_weights();
         if (!machine.seed)
             while (machine.n_late)
@@ -537,7 +552,7 @@ void changed(const void *p)
         w->watched = 0;
         for (int lane = 0; lane < w->n_lanes; lane++) {
             struct lane *l = &w->lanes[lane];
-            if (l->state == PARKED)
+            if (is_in(l, PARKED))
                 set_state(l, READY);
             l->polls = l->patience = 0;
             w->watched |= l->watched;

@@ -21,6 +21,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { LANES = 32, WARPS = 32, BARRIERS = 16, MOST_SEEN = 16, MOST_ASKED = 12, MOST_CLUSTER = 16 };
+enum { CACHE_LINE = 64 };
 
 /* What a host kernel knows of the lane at work (templates/host/language.cu.m4). */
 struct mkhost_place {
@@ -44,6 +45,7 @@ struct fiber {
     void *context; /* Boost's fcontext_t, while it does not run */
     char *stack;
     size_t stack_bytes;
+    unsigned colour; /* its first frame lies so far below the top: if all began at a page's end, none would stay in a cache */
     void *fake_stack, *tsan; /* of the sanitizers */
 };
 
@@ -54,19 +56,20 @@ struct lane_copy { /* one cp.async, or the arrival of those before it */
     uint32_t bytes, group;
 };
 
+/* What every switch needs is in the first two cache lines. */
 struct lane {
     struct mkhost_lane place; /* first: mkhost_now points here */
-    struct fiber fiber;
     struct warp *warp;
-    enum lane_state state;
     const char *doing;  /* the primitive it is in */
     const void *frame;  /* of that call: where reports begin */
     const void *about;  /* the address it asks for, or NULL */
     void *meeting;      /* its arguments of a collective */
+    uint32_t bit;       /* of its warp's lanes */
     /* what it polls since it last got on: the addresses, a bit for each, and polls of no news */
-    const void *asked[MOST_ASKED];
     int n_asked, polls, patience;
     uint64_t watched;
+    struct fiber fiber;
+    const void *asked[MOST_ASKED];
     uint32_t flag; /* what it is about to write over */
     /* fences, for ThreadSanitizer: what was read before one, what was written before one */
     const void *seen[MOST_SEEN];
@@ -83,13 +86,16 @@ struct lane {
     /* has arrived at the barrier of its cluster, in this phase, and not waited yet */
     int in_cluster;
     uint64_t cluster_phase;
-};
+    char apart[CACHE_LINE]; /* an odd number of lines: neighbours do not meet in a cache */
+} __attribute__((aligned(CACHE_LINE)));
 
 struct warp {
     struct cta *cta;
     struct lane lanes[LANES];
     int index, n_lanes;
-    int live, ready;            /* lanes that have not gone; that can go on */
+    int number;                 /* in machine.warps */
+    int live;                   /* lanes that have not gone */
+    uint32_t in[GONE + 1];      /* lanes in each state, a bit for each */
     int met, step;              /* at the collective; +1 or -1: who goes next */
     const char *meeting;        /* its name */
     uint64_t watched;           /* of its parked lanes */
@@ -133,6 +139,7 @@ struct cta {
     int index, live; /* live: lanes */
     int slot;        /* in machine.ctas */
     char *shared;
+    unsigned shared_bytes;
     int n_warps;
     struct warp *warps;
     struct barrier barriers[BARRIERS];
@@ -181,6 +188,9 @@ struct machine {
     int n_warps, running;
     /* the schedule */
     uint64_t seed, rng;
+    unsigned *chances;   /* of each warp: its weight, or 0 when no lane is ready */
+    unsigned total, able; /* of all of these; warps with a lane that is ready */
+    uint64_t redraw_at;
     int quantum, quantum_most;
     unsigned late_rate; /* of 1024: how often what is late happens */
     unsigned redraw;    /* steps between new weights; 0: all the same */
@@ -224,19 +234,60 @@ int machine_launch(const char *name, void (*entry)(void **), void **args, unsign
 /* Run for about STEPS decisions of the scheduler (0: to the end).  Returns 1 when the launch has ended
    (machine.failed tells how), 0 when there is more. */
 int machine_run(int64_t steps);
-uint64_t machine_random(uint64_t below);
 /* Let another lane go on, or this one if it can. */
 void reschedule(void);
-void switch_to(struct lane *to);
 /* The word at P is not what it was: those who poll it go on. */
 void changed(const void *p);
 /* The lane at work asks again and again for P. */
 void polled(struct lane *l, const void *p);
 
+/* Chance, drawn from the seed: a number below BELOW. */
+static inline uint64_t machine_random(uint64_t below)
+{
+    uint64_t z = machine.rng += 0x9E3779B97F4A7C15ull;
+
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    return (uint64_t) ((unsigned __int128) z * below >> 64);
+}
+
+static inline int is_in(const struct lane *l, enum lane_state state)
+{
+    return (l->warp->in[state] & l->bit) != 0;
+}
+
+/* W has got its first lane that is ready, or lost its last one. */
+static inline void count_warp(const struct warp *w)
+{
+    const unsigned chance = w->in[READY] ? w->weight : 0;
+
+    machine.able += w->in[READY] ? 1u : -1u;
+    machine.total += chance - machine.chances[w->number];
+    machine.chances[w->number] = chance;
+}
+
 static inline void set_state(struct lane *l, enum lane_state state)
 {
-    l->warp->ready += (state == READY) - (l->state == READY);
-    l->state = state;
+    struct warp *w = l->warp;
+    const uint32_t before = w->in[READY];
+
+    for (int i = READY; i <= GONE; i++)
+        w->in[i] &= ~l->bit;
+    w->in[state] |= l->bit;
+    if (!before != !w->in[READY])
+        count_warp(w);
+}
+
+/* The next lane of W behind lane FROM that is ready, in the order that the warp has now; FROM itself is the last.
+   There is one. */
+static inline struct lane *next_lane(struct warp *w, unsigned from)
+{
+    const uint32_t ready = w->in[READY], above = ready & ~0u << from << 1, below = ready & ((1u << from) - 1);
+
+    if (w->step > 0)
+        return &w->lanes[__builtin_ctz(above ? above : ready)];
+    return &w->lanes[31 - __builtin_clz(below ? below : ready)];
 }
 
 /* Every primitive begins with this: the lane at work, which may lose its turn here. */
@@ -261,6 +312,7 @@ static inline void progress(struct lane *l)
 }
 
 /* ---- memory.c ---- */
+/* CTA's pending stores are in memory, and no other's. */
 void show_view(struct cta *cta);
 /* One store, of CTA or that CTA does not see yet, is seen: 1, or 0 when there is none (but for weak ones);
    all of them are. */
@@ -331,11 +383,14 @@ void report_label(uint64_t base, uint64_t bytes, const char *name,
 int fiber_make(struct fiber *f);
 void fiber_free(struct fiber *f);
 void fiber_start(struct fiber *f, void (*run)(void));
-void fiber_switch(struct fiber *from, struct fiber *to);
-/* Inside a fiber whose run is over: the last switch away. */
-void fiber_leave(struct fiber *from, struct fiber *to);
+/* LEAVE: the run of FROM is over, and this is the last switch away. */
+void fiber_switch_watched(struct fiber *from, struct fiber *to, int leave);
 
-#pragma GCC visibility pop
+/* Boost.Context's C functions. */
+struct transfer {
+    void *context, *data;
+};
+extern struct transfer jump_fcontext(void *to, void *data) __attribute__((visibility("default")));
 
 /* What the sanitizers of this process are told, if there are any. */
 extern void __tsan_acquire(void *) __attribute__((weak));
@@ -351,6 +406,32 @@ extern void __sanitizer_start_switch_fiber(void **, const void *, size_t) __attr
 extern void __sanitizer_finish_switch_fiber(void *, const void **, size_t *) __attribute__((weak));
 extern void __asan_unpoison_memory_region(void const volatile *, size_t) __attribute__((weak));
 
+/* Here, for a call more is a frame more on a stack that is in no cache. */
+static inline void fiber_switch(struct fiber *from, struct fiber *to, int leave)
+{
+    struct transfer t;
+
+    if (__tsan_switch_to_fiber || __sanitizer_start_switch_fiber) {
+        fiber_switch_watched(from, to, leave);
+        return;
+    }
+    t = jump_fcontext(to->context, from);
+    ((struct fiber *) t.data)->context = t.context; /* who stopped keeps its place */
+}
+
+static inline void switch_to(struct lane *to)
+{
+    struct lane *from = machine.now;
+
+    machine.now = to;
+    if (to->warp) {
+        mkhost_now = &to->place;
+        if (machine.view != to->warp->cta)
+            show_view(to->warp->cta);
+    }
+    fiber_switch(&from->fiber, &to->fiber, from->warp && is_in(from, GONE));
+}
+
 static inline void acquire(void *clock)
 {
     if (__tsan_acquire)
@@ -361,4 +442,6 @@ static inline void release(void *clock)
     if (__tsan_release)
         __tsan_release(clock);
 }
+
+#pragma GCC visibility pop
 #endif

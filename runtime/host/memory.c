@@ -19,7 +19,7 @@ enum { MOST_PENDING = 512, MOST_STALE = 24, CLOCKS = 1 << 15, WRITERS = 1 << 14 
         memcpy(s->other, mine, n);          \
         return;                             \
     }
-static void swap(struct pending *s)
+static inline void swap(struct pending *s)
 {
     switch (s->bytes) {
     case 2: SWAP(2)
@@ -267,7 +267,7 @@ static void release_fenced(struct lane *l, void *p)
 
 static void check_address(const void *p, uint32_t bytes)
 {
-    if ((uintptr_t) p % bytes)
+    if ((uintptr_t) p & (bytes - 1)) /* a power of two: a division here is a tenth of all polls */
         misuse("an access of %u bytes to %p, which is no multiple of that", bytes, p);
     if (__asan_region_is_poisoned && __asan_region_is_poisoned((void *) p, bytes))
         misuse("an access of %u bytes to %p, which is outside every buffer", bytes, p);
@@ -422,12 +422,14 @@ void mkhost_changed(void *p)
     changed(p);
 }
 
-/* %globaltimer (10.28): it moves, by no fixed step. */
+/* %globaltimer (10.28): it moves, by no fixed step.  Who polls it polls a made-up address: the schedule depends on
+   where in its page that is, and must not on where the linker puts the machine. */
 uint64_t mkhost_timer(void)
 {
+    static const uintptr_t at = 1376;
     struct lane *l = ENTER("the clock", &machine.clock_ns);
 
-    polled(l, &machine.clock_ns);
+    polled(l, (const void *) at);
     return machine.clock_ns;
 }
 

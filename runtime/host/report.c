@@ -66,7 +66,7 @@ static void put_address(FILE *f, const struct lane *l, const void *p)
 /* Return addresses of the calls that L is in, the innermost first. */
 static int frames_of(const struct lane *l, const void *pc[MOST_FRAMES])
 {
-    const char *low = l->fiber.stack, *high = low + l->fiber.stack_bytes;
+    const char *low = l->fiber.stack, *high = low + l->fiber.stack_bytes - l->fiber.colour;
     const void *const *frame = l->frame;
     int n = 0;
 
@@ -139,12 +139,21 @@ static void put_frames(FILE *f, const void *const *pc, int n)
 
 /* ---- Lanes that wait ------------------------------------------------------ */
 
+static enum lane_state state_of(const struct lane *l)
+{
+    enum lane_state state = READY;
+
+    while (state < GONE && !is_in(l, state))
+        state++;
+    return state;
+}
+
 static int same_wait(const struct lane *a, const struct lane *b)
 {
     const void *pc_a[MOST_FRAMES], *pc_b[MOST_FRAMES];
     const int n = frames_of(a, pc_a);
 
-    return a->state == b->state && a->doing == b->doing && n == frames_of(b, pc_b) &&
+    return state_of(a) == state_of(b) && a->doing == b->doing && n == frames_of(b, pc_b) &&
            !memcmp(pc_a, pc_b, (size_t) n * sizeof *pc_a);
 }
 
@@ -158,7 +167,7 @@ static void put_barrier(FILE *f, const struct lane *l)
         const struct warp *w = &c->warps[i];
         int there = 0;
         for (int lane = 0; lane < w->n_lanes; lane++)
-            there += w->lanes[lane].state == WAITING && w->lanes[lane].about == b;
+            there += is_in(&w->lanes[lane], WAITING) && w->lanes[lane].about == b;
         if (there < w->n_lanes)
             fprintf(f, ", %d of warp %d", there, i);
     }
@@ -245,11 +254,11 @@ static void put_wait(FILE *f, const struct lane *l, int lanes)
 
     fprintf(f, "  CTA %d warp %d, %d lane%s from %d: ", l->warp->cta->index, l->warp->index, lanes,
             lanes == 1 ? "" : "s", (int) (l - l->warp->lanes));
-    if (l->state == MEETING) {
+    if (is_in(l, MEETING)) {
         fprintf(f, "waits for its warp at %s", l->warp->meeting);
     } else {
-        fprintf(f, "%s %s", l->state == WAITING ? "waits at" : "asks for", l->doing);
-        if (l->state == WAITING) {
+        fprintf(f, "%s %s", is_in(l, WAITING) ? "waits at" : "asks for", l->doing);
+        if (is_in(l, WAITING)) {
             if (l->about == l->warp)
                 wgmma_explain(f, l);
             else if (machine.cluster > 1 && l->about == cluster_barrier(l->warp->cta))
@@ -281,7 +290,7 @@ char *report_waiting(void)
         for (int first = 0, lane; first < w->n_lanes; first = lane) {
             for (lane = first + 1; lane < w->n_lanes && same_wait(&w->lanes[first], &w->lanes[lane]);)
                 lane++;
-            if (w->lanes[first].state != GONE)
+            if (!is_in(&w->lanes[first], GONE))
                 put_wait(f, &w->lanes[first], lane - first);
         }
     }

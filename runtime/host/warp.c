@@ -21,25 +21,18 @@ int meet(struct lane *l, const char *name, void *args)
     if (++w->met == LANES)
         return 1;
     set_state(l, MEETING);
-    if (--machine.quantum > 0 && w->ready) {
-        struct lane *next = l;
-        do
-            next = &w->lanes[(next - w->lanes + w->step) & (LANES - 1)];
-        while (next->state != READY);
-        switch_to(next);
-    } else {
+    if (--machine.quantum > 0 && w->in[READY])
+        switch_to(next_lane(w, (unsigned) __builtin_ctz(l->bit)));
+    else
         reschedule();
-    }
     return 0;
 }
 
 void part(struct warp *w)
 {
     w->met = 0;
-    for (int i = 0; i < LANES; i++)
-        if (w->lanes[i].state == MEETING)
-            w->lanes[i].state = READY;
-    w->ready = LANES;
+    w->in[READY] |= w->in[MEETING]; /* with the lane at work, so the warp was ready before */
+    w->in[MEETING] = 0;
 }
 
 struct vote {
@@ -169,9 +162,9 @@ static void open_barrier(struct cta *cta, struct barrier *b)
     b->phase++;
     cta->generation++;
     for (int i = 0; i < cta->n_warps; i++)
-        for (int lane = 0; lane < cta->warps[i].n_lanes; lane++) {
-            struct lane *l = &cta->warps[i].lanes[lane];
-            if (l->state == WAITING && l->about == b) {
+        for (uint32_t left = cta->warps[i].in[WAITING]; left; left &= left - 1) {
+            struct lane *l = &cta->warps[i].lanes[__builtin_ctz(left)];
+            if (l->about == b) {
                 set_state(l, READY);
                 l->warp->generation = cta->generation;
             }

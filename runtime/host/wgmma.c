@@ -168,7 +168,7 @@ static void wake_mates(const struct warp *w)
     for (int i = 0; i < GROUP; i++)
         for (int lane = 0; lane < LANES; lane++) {
             struct lane *l = &mate(w, i)->lanes[lane];
-            if (l->state == WAITING && l->about == l->warp)
+            if (is_in(l, WAITING) && l->about == l->warp)
                 set_state(l, READY);
         }
 }
