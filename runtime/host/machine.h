@@ -386,11 +386,13 @@ void fiber_start(struct fiber *f, void (*run)(void));
 /* LEAVE: the run of FROM is over, and this is the last switch away. */
 void fiber_switch_watched(struct fiber *from, struct fiber *to, int leave);
 
+#pragma GCC visibility pop
+
 /* Boost.Context's C functions. */
 struct transfer {
     void *context, *data;
 };
-extern struct transfer jump_fcontext(void *to, void *data) __attribute__((visibility("default")));
+extern struct transfer jump_fcontext(void *to, void *data);
 
 /* What the sanitizers of this process are told, if there are any. */
 extern void __tsan_acquire(void *) __attribute__((weak));
@@ -442,6 +444,4 @@ static inline void release(void *clock)
     if (__tsan_release)
         __tsan_release(clock);
 }
-
-#pragma GCC visibility pop
 #endif

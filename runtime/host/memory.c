@@ -267,7 +267,7 @@ static void release_fenced(struct lane *l, void *p)
 
 static void check_address(const void *p, uint32_t bytes)
 {
-    if ((uintptr_t) p & (bytes - 1)) /* a power of two: a division here is a tenth of all polls */
+    if ((uintptr_t) p & (bytes - 1)) /* a power of two, and every poll comes here: no division */
         misuse("an access of %u bytes to %p, which is no multiple of that", bytes, p);
     if (__asan_region_is_poisoned && __asan_region_is_poisoned((void *) p, bytes))
         misuse("an access of %u bytes to %p, which is outside every buffer", bytes, p);
