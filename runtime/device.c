@@ -1,8 +1,6 @@
-/* device.c - a driver library, opened at run time: NVIDIA's, or libmkhost, which has the same
-   functions and a few of its own.  The functions and numbers of the driver API that we use
-   are declared here; they are those of CUDA 12 and 13's cuda.h. */
+/* device.c - a GPU, or an emulated one, behind the driver API. */
 #define _GNU_SOURCE
-#include "runtime/device.h"
+#include "runtime/driver.h"
 
 #include <ctype.h>
 #include <dlfcn.h>
@@ -10,132 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #define MIN_DRIVER 12000    /* CUDA 12.0, driver 525: older ones load nothing that NVRTC 12 makes */
 #define MIN_ARCH   75       /* the oldest architecture that the templates know */
 #define HOST_ARCH  90       /* what "host" emulates when no architecture is named */
-
-/* Every driver function that we call, under the name that the library exports.
-   CUresult is an int, CUdevice an int, the other handles are pointers. */
-#define DRIVER(F)                                                                           \
-    F(cuInit, (unsigned flags))                                                             \
-    F(cuDriverGetVersion, (int *version))                                                   \
-    F(cuGetErrorName, (int result, const char **text))                                      \
-    F(cuGetErrorString, (int result, const char **text))                                    \
-    F(cuDeviceGetCount, (int *n))                                                           \
-    F(cuDeviceGet, (int *dev, int index))                                                   \
-    F(cuDeviceGetName, (char *name, int len, int dev))                                      \
-    F(cuDeviceGetPCIBusId, (char *id, int len, int dev))                                    \
-    F(cuDeviceGetAttribute, (int *value, int attr, int dev))                                \
-    F(cuDeviceTotalMem_v2, (size_t *bytes, int dev))                                        \
-    F(cuDevicePrimaryCtxRetain, (void **ctx, int dev))                                      \
-    F(cuDevicePrimaryCtxRelease_v2, (int dev))                                              \
-    F(cuCtxSetCurrent, (void *ctx))                                                         \
-    F(cuMemGetInfo_v2, (size_t *free_bytes, size_t *total_bytes))                           \
-    F(cuMemAlloc_v2, (rt_ptr *p, size_t bytes))                                             \
-    F(cuMemFree_v2, (rt_ptr p))                                                             \
-    F(cuMemHostAlloc, (void **p, size_t bytes, unsigned flags))                             \
-    F(cuMemHostGetDevicePointer_v2, (rt_ptr *dev, void *p, unsigned flags))                 \
-    F(cuMemFreeHost, (void *p))                                                             \
-    F(cuMemcpyHtoDAsync_v2, (rt_ptr dst, const void *src, size_t bytes, void *stream))      \
-    F(cuMemcpyDtoHAsync_v2, (void *dst, rt_ptr src, size_t bytes, void *stream))            \
-    F(cuMemsetD8Async, (rt_ptr dst, unsigned char value, size_t bytes, void *stream))       \
-    F(cuStreamCreate, (void **stream, unsigned flags))                                      \
-    F(cuStreamDestroy_v2, (void *stream))                                                   \
-    F(cuStreamSynchronize, (void *stream))                                                  \
-    F(cuModuleLoadData, (rt_module *m, const void *image))                                  \
-    F(cuModuleUnload, (rt_module m))                                                        \
-    F(cuModuleGetFunction, (rt_func *f, rt_module m, const char *name))                     \
-    F(cuFuncSetAttribute, (rt_func f, int attr, int value))                                 \
-    F(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *n, rt_func f, int block, size_t smem)) \
-    F(cuLaunchKernel, (rt_func f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,       \
-                       unsigned by, unsigned bz, unsigned smem, void *stream,               \
-                       void **params, void **extra))                                        \
-    F(cuLaunchCooperativeKernel, (rt_func f, unsigned gx, unsigned gy, unsigned gz,         \
-                                  unsigned bx, unsigned by, unsigned bz, unsigned smem,     \
-                                  void *stream, void **params))                             \
-    F(cuLaunchKernelEx, (const struct launch *config, rt_func f, void **params,             \
-                         void **extra))                                                     \
-    F(cuEventCreate, (rt_event *e, unsigned flags))                                         \
-    F(cuEventDestroy_v2, (rt_event e))                                                      \
-    F(cuEventRecord, (rt_event e, void *stream))                                            \
-    F(cuEventQuery, (rt_event e))                                                           \
-    F(cuEventSynchronize, (rt_event e))                                                     \
-    F(cuEventElapsedTime, (float *ms, rt_event a, rt_event b))
-
-/* What only NVIDIA's library has: an emulated GPU takes any number of clusters. */
-#define GPU(F)                                                                              \
-    F(cuOccupancyMaxActiveClusters, (int *n, rt_func f, const struct launch *config))
-
-/* What only libmkhost has. */
-#define HOST(F)                                                                             \
-    F(mkhost_seed, void, (uint64_t seed))                                                   \
-    F(mkhost_report, const char *, (void))                                                  \
-    F(mkhost_label, void, (uint64_t base, uint64_t bytes, const char *name,                 \
-                           rt_label_fn *text, void *user))
-
-enum {                                      /* CUresult */
-    CU_OUT_OF_MEMORY = 2,
-    CU_INVALID_IMAGE = 200,
-    CU_NO_BINARY_FOR_GPU = 209,
-    CU_INVALID_PTX = 218,
-    CU_UNSUPPORTED_PTX_VERSION = 222,
-    CU_NOT_READY = 600
-};
-
-enum {                                      /* CUdevice_attribute */
-    ATTR_CLOCK_RATE = 13,                   /* kHz */
-    ATTR_MULTIPROCESSOR_COUNT = 16,
-    ATTR_MEMORY_CLOCK_RATE = 36,            /* kHz, two transfers each */
-    ATTR_GLOBAL_MEMORY_BUS_WIDTH = 37,      /* bits */
-    ATTR_L2_CACHE_SIZE = 38,
-    ATTR_COMPUTE_CAPABILITY_MAJOR = 75,
-    ATTR_COMPUTE_CAPABILITY_MINOR = 76,
-    ATTR_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR = 81,
-    ATTR_COOPERATIVE_LAUNCH = 95,
-    ATTR_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
-};
-
-enum {
-    FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, /* CUfunction_attribute */
-    FUNC_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14,
-    MOST_PORTABLE_CLUSTER = 8,              /* CTAs; more need that attribute */
-    STREAM_NON_BLOCKING = 1,                /* CUstream_flags */
-    HOSTALLOC_PORTABLE = 1,                 /* CU_MEMHOSTALLOC_* */
-    HOSTALLOC_DEVICEMAP = 2,
-    LAUNCH_COOPERATIVE = 2,                 /* CUlaunchAttributeID */
-    LAUNCH_CLUSTER_DIMENSION = 4
-};
-
-struct launch_attribute {                   /* CUlaunchAttribute */
-    unsigned id;
-    union {
-        int cooperative;
-        unsigned cluster[3];
-        char bytes[64];
-    } value __attribute__((aligned(8)));
-};
-
-struct launch {                             /* CUlaunchConfig */
-    unsigned grid[3], block[3], smem;
-    void *stream;
-    const struct launch_attribute *attributes;
-    unsigned n_attributes;
-};
-
-struct driver {
-    int open;
-#define FIELD(name, args) int (*name) args;
-#define HOST_FIELD(name, type, args) type (*name) args;
-    DRIVER(FIELD)
-    GPU(FIELD)
-    HOST(HOST_FIELD)
-#undef FIELD
-#undef HOST_FIELD
-};
-static struct driver gpu_driver, host_driver;
-static pthread_mutex_t driver_lock = PTHREAD_MUTEX_INITIALIZER;
 
 struct rt_device {
     const struct driver *cu;
@@ -179,141 +55,6 @@ static int enter(const struct rt_device *d, struct mk_err *err)
 }
 
 /* ---- Opening -------------------------------------------------------------- */
-
-struct entry {
-    const char *name;
-    size_t offset;      /* in struct driver */
-};
-
-#define ENTRY(name, ...) { #name, offsetof(struct driver, name) },
-static const struct entry driver_table[] = { DRIVER(ENTRY) { NULL, 0 } };
-static const struct entry gpu_table[] = { GPU(ENTRY) { NULL, 0 } };
-static const struct entry host_table[] = { HOST(ENTRY) { NULL, 0 } };
-#undef ENTRY
-
-static const char *load_functions(struct driver *cu, void *lib, const struct entry *e)
-{
-    for (; e->name; e++) {
-        void *f = dlsym(lib, e->name);
-        if (!f)
-            return e->name;
-        memcpy((char *) cu + e->offset, &f, sizeof f);
-    }
-    return NULL;
-}
-
-/* Open the driver library, once per process; a failure is tried again by the next call.
-   The library is never closed: it does not survive that. */
-static int open_gpu_driver(struct mk_err *err)
-{
-    const char *path = getenv("MK_CUDA_DRIVER"), *lacks;
-    void *lib;
-
-    if (!path || !*path)
-        path = "libcuda.so.1";
-    lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!lib)
-        return gen_fail(err, MK_ENOGPU, "no NVIDIA driver (%s)", dlerror());
-    lacks = load_functions(&gpu_driver, lib, driver_table);
-    if (!lacks)
-        lacks = load_functions(&gpu_driver, lib, gpu_table);
-    if (!lacks)
-        return 0;
-    dlclose(lib);
-    return gen_fail(err, MK_ENOGPU, "%s has no %s: the NVIDIA driver is too old, "
-                    "or this is another library", path, lacks);
-}
-
-/* The folder of the file that holds this code (libmk.so or a program), with a '/'. */
-static int own_folder(char *path, size_t size)
-{
-    ssize_t n = -1;
-    Dl_info info;
-    char *end;
-
-    if (dladdr((void *) driver_table, &info) && info.dli_fname && info.dli_fname[0] == '/')
-        n = snprintf(path, size, "%s", info.dli_fname);
-    if (n < 0 || n >= (ssize_t) size) {
-        n = readlink("/proc/self/exe", path, size - 1);
-        if (n < 0)
-            return -1;
-        path[n] = 0;
-    }
-    end = strrchr(path, '/');
-    if (!end)
-        return -1;
-    end[1] = 0;
-    return 0;
-}
-
-/* Where libmkhost.so is: in PATH.  The places are those of a built tree, of an installed one that
-   may have been moved, and of one that was not. */
-static int find_host_driver(char *path, size_t size, struct mk_err *err)
-{
-    static const char *const folders[] = {
-        "", ".libs/", "../.libs/", "../lib/mkgen/", "mkgen/",
-#ifdef HOST_DIR
-        HOST_DIR "/",
-#endif
-    };
-    const char *named = getenv("MK_HOST_DRIVER");
-    char own[4096];
-    int n;
-
-    if (named && *named) {
-        snprintf(path, size, "%s", named);
-        return 0;
-    }
-    if (own_folder(own, sizeof own))
-        strcpy(own, "./");
-    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
-        n = snprintf(path, size, "%s%slibmkhost.so", folders[i][0] == '/' ? "" : own, folders[i]);
-        if (n < (int) size && access(path, R_OK) == 0)
-            return 0;
-    }
-    return gen_fail(err, MK_ENOGPU, "the emulated device needs libmkhost.so, which is neither "
-                    "$MK_HOST_DRIVER nor in %.2000s or beside it: it is built where Boost.Context "
-                    "is installed (apt-get install libboost-context-dev, then configure and make)",
-                    own);
-}
-
-/* Global, for emulated kernels find the machine's functions in it. */
-static int open_host_driver(struct mk_err *err)
-{
-    const char *lacks;
-    char path[4200];
-    void *lib;
-    int rc = find_host_driver(path, sizeof path, err);
-
-    if (rc)
-        return rc;
-    lib = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
-    if (!lib)
-        return gen_fail(err, MK_ENOGPU, "the emulated device cannot be opened (%s)", dlerror());
-    lacks = load_functions(&host_driver, lib, driver_table);
-    if (!lacks)
-        lacks = load_functions(&host_driver, lib, host_table);
-    if (!lacks)
-        return 0;
-    dlclose(lib);
-    return gen_fail(err, MK_ENOGPU, "%s has no %s: it is not the libmkhost.so of this version",
-                    path, lacks);
-}
-
-static int open_driver(struct rt_device *d, struct mk_err *err)
-{
-    struct driver *cu = d->host ? &host_driver : &gpu_driver;
-    int rc = 0;
-
-    pthread_mutex_lock(&driver_lock);
-    if (!cu->open) {
-        rc = d->host ? open_host_driver(err) : open_gpu_driver(err);
-        cu->open = rc == 0;
-    }
-    pthread_mutex_unlock(&driver_lock);
-    d->cu = cu;
-    return rc;
-}
 
 static int attr(const struct rt_device *d, int which)
 {
@@ -484,7 +225,7 @@ int rt_device_open(const char *which, int index, struct rt_device **out, struct 
     if (!d)
         return gen_fail(err, MK_ENOMEM, "no memory to open a GPU");
     d->host = arch;
-    rc = open_driver(d, err);
+    rc = rt_driver_open(d->host, &d->cu, err);
     if (rc == 0)
         rc = find_device(d, index, err);
     if (rc == 0)
@@ -587,13 +328,14 @@ static struct {
     int (*nvmlDeviceGetHandleByPciBusId_v2)(const char *bus, void **device);
     int (*nvmlDeviceGetClockInfo)(void *device, int type, unsigned *mhz);
 } nvml;
+static pthread_mutex_t nvml_lock = PTHREAD_MUTEX_INITIALIZER;
 #define NVML_CLOCK_SM 1
 
 static int open_nvml(void)
 {
     void *lib;
 
-    pthread_mutex_lock(&driver_lock);
+    pthread_mutex_lock(&nvml_lock);
     if (!nvml.tried) {
         nvml.tried = 1;
         lib = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -606,7 +348,7 @@ static int open_nvml(void)
                       && nvml.nvmlDeviceGetClockInfo && nvml.nvmlInit_v2() == 0;
         }
     }
-    pthread_mutex_unlock(&driver_lock);
+    pthread_mutex_unlock(&nvml_lock);
     return nvml.ok;
 }
 
