@@ -705,13 +705,12 @@ static int has_config(const char *folder)
            lstat(file, &st) == 0;
 }
 
-int gen_model_read(const char *where, struct gen_model *out, struct mk_err *err)
+int gen_model_config(const char *where, char **path, struct mk_err *err)
 {
     const char *folder = where, *carried;
     struct stat st;
-    char *path = NULL;
-    int rc;
 
+    *path = NULL;
     if (stat(where, &st)) {
         if (errno != ENOENT && errno != ENOTDIR)
             return gen_fail(err, MK_EIO, "%.500s: cannot stat: %s", where, strerror(errno));
@@ -719,13 +718,25 @@ int gen_model_read(const char *where, struct gen_model *out, struct mk_err *err)
         if (!folder)
             return fail_unknown(where, err);
     } else if (!S_ISDIR(st.st_mode)) {
-        return read_file(where, out, err);
+        *path = strdup(where);
+        return *path ? 0 : gen_fail(err, MK_ENOMEM, "%s: no memory", where);
     } else if (!has_config(where) && (carried = gen_model_folder(where))) {
         folder = carried;       /* a folder that happens to have a carried model's name */
     }
-    if (asprintf(&path, "%s/config.json", folder) < 0)
+    if (asprintf(path, "%s/config.json", folder) < 0) {
+        *path = NULL;
         return gen_fail(err, MK_ENOMEM, "%s: no memory", where);
-    rc = read_file(path, out, err);
+    }
+    return 0;
+}
+
+int gen_model_read(const char *where, struct gen_model *out, struct mk_err *err)
+{
+    char *path;
+    int rc = gen_model_config(where, &path, err);
+
+    if (rc == 0)
+        rc = read_file(path, out, err);
     free(path);
     return rc;
 }

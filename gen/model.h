@@ -41,6 +41,10 @@ struct gen_model {
    arithmetic and that we do not know). */
 int gen_model_read(const char *where, struct gen_model *out, struct mk_err *err);
 
+/* The config.json that WHERE means there, malloc'd; its weights lie beside it.
+   Returns 0, MK_ENOENT, MK_EIO, MK_ENOMEM, and *path is NULL then. */
+int gen_model_config(const char *where, char **path, struct mk_err *err);
+
 /* The same from JSON text in memory; NAME stands in errors and gives model.name. */
 int gen_model_parse(const char *text, size_t len, const char *name,
                     struct gen_model *out, struct mk_err *err);

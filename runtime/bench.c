@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 
 #include "runtime/bandwidth.h"
@@ -79,22 +78,16 @@ static void tell_warning(void *user, const char *text)
 static int open_checkpoint(const char *where, const struct gen_model *m, struct rt_weights **out,
                            struct mk_err *err)
 {
-    const char *slash = strrchr(where, '/');
-    const char *folder = where;
-    char *parent = NULL;
-    struct stat st;
-    int rc;
+    char *folder, *slash;
+    int rc = gen_model_config(where, &folder, err);
 
-    if (stat(where, &st)) {
-        folder = gen_model_folder(where);
-    } else if (!S_ISDIR(st.st_mode)) {
-        parent = slash ? strndup(where, (size_t)(slash - where) + 1) : strdup(".");
-        folder = parent;
-    }
-    if (!folder)
-        return gen_fail(err, MK_ENOENT, "%.500s: no folder with weights", where);
-    rc = rt_weights_open(folder, m, out, err);
-    free(parent);
+    if (rc)
+        return rc;
+    slash = strrchr(folder, '/');
+    if (slash)
+        slash[1] = 0;
+    rc = rt_weights_open(slash ? folder : ".", m, out, err);
+    free(folder);
     return rc;
 }
 
