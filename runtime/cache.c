@@ -20,10 +20,10 @@
 
 #include "gen/gen.h"
 #include "runtime/cxx.h"
+#include "runtime/file.h"
 #include "runtime/nvrtc.h"
 
 #define KEY_FORMAT   1                  /* of the file "key"; a new one makes old entries misses */
-#define MAX_FILE     ((size_t) 1 << 28) /* a file of an entry that is larger is not ours */
 #define STALE_S      3600               /* private folders older than this were left by the dead */
 #define LOCK_WAIT_S  900                /* then compile without the lock: its holder must hang */
 #define TICK_NS      100000000          /* between two calls of progress */
@@ -124,120 +124,6 @@ static int work_start(struct work *w, const struct rt_key *key, struct mk_err *e
     return 0;
 }
 
-/* ---- Files ---------------------------------------------------------------- */
-
-static int is_ours(const struct stat *st)
-{
-    return st->st_uid == geteuid() && !(st->st_mode & (S_IWGRP | S_IWOTH));
-}
-
-/* Read all of the file NAME in folder DIR; zero-terminated.  OWN: it must be ours, and no
-   link.  Returns 0, MK_ENOENT (not there, or nothing that we would read), MK_ENOMEM. */
-static int read_file(int dir, const char *name, int own, char **data, size_t *size)
-{
-    int fd = openat(dir, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | (own ? O_NOFOLLOW : 0));
-    struct stat st;
-    size_t n = 0;
-    ssize_t got = 1;
-
-    *data = NULL;
-    *size = 0;
-    if (fd < 0)
-        return MK_ENOENT;
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || (own && !is_ours(&st))
-        || st.st_size < 0 || (size_t) st.st_size > MAX_FILE) {
-        close(fd);
-        return MK_ENOENT;
-    }
-    *data = malloc((size_t) st.st_size + 1);
-    if (!*data) {
-        close(fd);
-        return MK_ENOMEM;
-    }
-    while (n < (size_t) st.st_size && got > 0) {
-        got = read(fd, *data + n, (size_t) st.st_size - n);
-        if (got < 0 && errno == EINTR)
-            got = 1;
-        else if (got > 0)
-            n += (size_t) got;
-    }
-    close(fd);
-    (*data)[n] = 0;
-    *size = n;
-    if (got >= 0)
-        return 0;
-    free(*data);
-    *data = NULL;
-    return MK_ENOENT;
-}
-
-/* Make the file NAME in folder DIR and bring it to the disk.  Returns 0 or errno. */
-static int write_file(int dir, const char *name, mode_t mode, const void *data, size_t size)
-{
-    int fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    const char *p = data;
-    int e = 0;
-
-    if (fd < 0)
-        return errno;
-    while (size && !e) {
-        ssize_t put = write(fd, p, size);
-        if (put < 0) {
-            e = errno == EINTR ? 0 : errno;
-        } else {
-            p += put;
-            size -= (size_t) put;
-        }
-    }
-    if (!e && (fchmod(fd, mode) || fsync(fd)))
-        e = errno;
-    if (close(fd) && !e)
-        e = errno;
-    return e;
-}
-
-/* Remove NAME in folder DIR, whatever it is; links are not followed. */
-static void remove_tree(int dir, const char *name, int depth)
-{
-    int fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    DIR *d = fd < 0 ? NULL : fdopendir(fd);
-    struct dirent *e;
-
-    if (!d) {
-        if (fd >= 0)
-            close(fd);
-        unlinkat(dir, name, 0);
-        return;
-    }
-    while ((e = readdir(d)) != NULL)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..") && depth < 8)
-            remove_tree(fd, e->d_name, depth + 1);
-    closedir(d);
-    unlinkat(dir, name, AT_REMOVEDIR);
-}
-
-/* Make the folder PATH and those above it.  Returns 0 or errno. */
-static int make_folders(const char *path, mode_t mode)
-{
-    char part[sizeof ((struct place *) 0)->path];
-    int e = 0;
-
-    if (mkdir(path, mode) == 0 || errno == EEXIST)
-        return 0;
-    if (errno != ENOENT)
-        return errno;
-    for (size_t n = 1; path[n]; n++)
-        if (path[n] == '/') {
-            memcpy(part, path, n);
-            part[n] = 0;
-            if (mkdir(part, mode) && errno != EEXIST && !e)
-                e = errno;
-        }
-    if (mkdir(path, mode) == 0 || errno == EEXIST)
-        return 0;
-    return e ? e : errno;
-}
-
 /* ---- Places --------------------------------------------------------------- */
 
 static int cache_path(char *path, size_t size, struct mk_err *err)
@@ -272,7 +158,7 @@ static int open_cache(struct place *p, struct mk_err *err)
     p->file_mode = 0600;
     if (cache_path(p->path, sizeof p->path, err))
         return MK_EIO;
-    made = make_folders(p->path, 0700);
+    made = rt_file_make_folders(p->path, 0700);
     p->fd = open(p->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (p->fd < 0)
         return gen_fail(err, MK_EIO, "the cache folder %s: %s", p->path,
@@ -282,7 +168,7 @@ static int open_cache(struct place *p, struct mk_err *err)
     else if (st.st_uid != geteuid())
         gen_fail(err, MK_EIO, "the cache folder %s belongs to user %lu and we are user %lu",
                  p->path, (unsigned long) st.st_uid, (unsigned long) geteuid());
-    else if (!is_ours(&st))
+    else if (!rt_file_is_ours(&st))
         gen_fail(err, MK_EIO, "the cache folder %s can be written by others (mode %03o); "
                  "chmod go-w closes it", p->path, (unsigned) st.st_mode & 0777);
     else
@@ -340,7 +226,7 @@ static int compare_file(int dir, const char *name, int own, const char *want, si
 {
     size_t size;
     char *data;
-    int rc = read_file(dir, name, own, &data, &size);
+    int rc = rt_file_read(dir, name, own, &data, &size);
 
     if (rc == 0 && (tail ? size < n : size != n))
         rc = MK_ENOENT;
@@ -355,13 +241,13 @@ static int read_made(int dir, int own, struct made *m)
 {
     char *said = NULL, *want = NULL, *cubin = NULL;
     size_t said_size;
-    int rc = read_file(dir, "kernel.cu", own, &m->src, &m->src_size);
+    int rc = rt_file_read(dir, "kernel.cu", own, &m->src, &m->src_size);
 
     if (rc == 0)
-        rc = read_file(dir, "kernel.cubin", own, &cubin, &m->size);
+        rc = rt_file_read(dir, "kernel.cubin", own, &cubin, &m->size);
     m->cubin = (unsigned char *) cubin;
     if (rc == 0)
-        rc = read_file(dir, "provenance", own, &said, &said_size);
+        rc = rt_file_read(dir, "provenance", own, &said, &said_size);
     if (rc == 0 && sscanf(said, "%15[a-z] = %95[^\n]", m->tool, m->version) != 2)
         rc = MK_EFORMAT;
     if (rc == 0) {
@@ -390,7 +276,7 @@ static int load(const struct work *w, const struct place *p, const char *name, i
         return MK_ENOENT;
     if (any_options)
         n = (size_t) (strstr(w->text, "\noptions = ") + 1 - w->text);
-    if (fstat(dir, &st) == 0 && (!p->own || is_ours(&st)))
+    if (fstat(dir, &st) == 0 && (!p->own || rt_file_is_ours(&st)))
         rc = compare_file(dir, "key", p->own, w->text, n, any_options);
     if (rc == 0)
         rc = compare_file(dir, "params.m4", p->own, w->key->params, strlen(w->key->params), 0);
@@ -451,7 +337,7 @@ static void remove_stale(const struct place *p)
         if (!strncmp(e->d_name, ".tmp-", 5)
             && fstatat(p->fd, e->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0
             && st.st_uid == geteuid() && now - st.st_mtime > STALE_S)
-            remove_tree(p->fd, e->d_name, 0);
+            rt_file_remove(p->fd, e->d_name);
     closedir(d);
 }
 
@@ -475,7 +361,7 @@ static int publish(int dir, const char *tmp, const char *name)
     int e;
 
     if (renameat2(dir, tmp, dir, name, RENAME_EXCHANGE) == 0) {
-        remove_tree(dir, tmp, 0);
+        rt_file_remove(dir, tmp);
         return 0;
     }
     if (renameat(dir, tmp, dir, name) == 0)
@@ -490,7 +376,7 @@ static int publish(int dir, const char *tmp, const char *name)
         renameat(dir, old, dir, name);
         return e;
     }
-    remove_tree(dir, old, 0);
+    rt_file_remove(dir, old);
     return 0;
 }
 
@@ -501,15 +387,15 @@ static int write_entry(int dir, const struct work *w, const struct place *p, con
     int e = said ? 0 : ENOMEM;
 
     if (!e)
-        e = write_file(dir, "params.m4", p->file_mode, w->key->params, strlen(w->key->params));
+        e = rt_file_write(dir, "params.m4", p->file_mode, w->key->params, strlen(w->key->params));
     if (!e)
-        e = write_file(dir, "key", p->file_mode, w->text, strlen(w->text));
+        e = rt_file_write(dir, "key", p->file_mode, w->text, strlen(w->text));
     if (!e)
-        e = write_file(dir, "kernel.cu", p->file_mode, m->src, m->src_size);
+        e = rt_file_write(dir, "kernel.cu", p->file_mode, m->src, m->src_size);
     if (!e)
-        e = write_file(dir, "kernel.cubin", p->file_mode, m->cubin, m->size);
+        e = rt_file_write(dir, "kernel.cubin", p->file_mode, m->cubin, m->size);
     if (!e)
-        e = write_file(dir, "provenance", p->file_mode, said, strlen(said));
+        e = rt_file_write(dir, "provenance", p->file_mode, said, strlen(said));
     if (!e && (fchmod(dir, p->dir_mode) || fsync(dir)))
         e = errno;
     free(said);
@@ -534,7 +420,7 @@ static int store(const struct work *w, const struct place *p, const struct made 
     if (!e)
         e = publish(p->fd, tmp, w->name);
     if (e) {
-        remove_tree(p->fd, tmp, 0);
+        rt_file_remove(p->fd, tmp);
         return gen_fail(err, MK_EIO, "cannot write %s/%s: %s", p->path, w->name, strerror(e));
     }
     fsync(p->fd);
@@ -666,7 +552,7 @@ static void keep_source(const struct work *w, const struct place *p, const struc
         return;
     private_name(tmp, sizeof tmp);
     snprintf(name, sizeof name, "failed-%s.cu", w->name + w->prefix);
-    if (write_file(p->fd, tmp, p->file_mode, m->src, m->src_size)
+    if (rt_file_write(p->fd, tmp, p->file_mode, m->src, m->src_size)
         || renameat(p->fd, tmp, p->fd, name))
         unlinkat(p->fd, tmp, 0);
     else
@@ -893,7 +779,7 @@ int rt_pack_write(const struct rt_key *key, const char *dir, mk_progress_fn *pro
     if (rc)
         goto done;
     is_new = access(dir, F_OK) != 0;
-    e = make_folders(dir, 0755);
+    e = rt_file_make_folders(dir, 0755);
     if (!e)
         e = open_pack(&p, dir, strlen(dir));
     if (!e && is_new && fchmod(p.fd, p.dir_mode))       /* whatever the umask */

@@ -5,171 +5,16 @@
    weights once per block.  Work is split between threads by whole rows or heads only, and one
    token's sums are made in the same order whatever the block: results depend neither on
    the number of threads nor on how a prompt was cut. */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE                     /* sched_getaffinity */
-#endif
 #include "runtime/cpu.h"
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
+#include "runtime/pool.h"
 
 #define BLOCK 16                        /* tokens that go through the layers together */
-#define MAX_THREADS 256
-#define SPIN 2000                       /* looks for a job before a thread sleeps, some 0.1 ms */
-#define SMALL 32768                     /* multiplications not worth waking a thread for */
 /* Bytes to ask memory for ahead of their use.  One core of a Xeon of 2023 decodes a 135M bf16 model
    at 38 tokens a second without, and at 45, 51, 58, 62 and 60 with 512, 1K, 2K, 4K and 8K. */
 #define AHEAD 4096
-
-/* ---- Threads ----------------------------------------------------------------- */
-
-/* Do items begin .. end-1 of a job; worker is 0 .. threads-1. */
-typedef void job_fn(void *arg, int worker, size_t begin, size_t end);
-
-struct pool {
-    int n;                              /* threads, the caller's included */
-    pthread_t thread[MAX_THREADS];      /* [1 .. n-1] */
-    pthread_mutex_t lock;
-    pthread_cond_t go, done;
-    atomic_uint epoch;                  /* number of the job; a new one starts the workers */
-    atomic_int left;                    /* workers that have not finished it */
-    atomic_size_t next;                 /* first item that nobody has taken */
-    size_t items, grain;
-    job_fn *fn;                         /* NULL: end the thread */
-    void *arg;
-};
-
-struct worker {
-    struct pool *pool;
-    int number;
-};
-
-static void relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#endif
-}
-
-static void pool_work(struct pool *p, int worker)
-{
-    size_t begin;
-
-    while ((begin = atomic_fetch_add(&p->next, p->grain)) < p->items)
-        p->fn(p->arg, worker, begin,
-              p->items - begin < p->grain ? p->items : begin + p->grain);
-}
-
-static void *pool_thread(void *arg)
-{
-    struct worker w = *(struct worker *)arg;
-    struct pool *p = w.pool;
-    unsigned seen = 0;
-
-    free(arg);
-    for (;;) {
-        for (int i = 0; i < SPIN && atomic_load(&p->epoch) == seen; i++)
-            relax();
-        pthread_mutex_lock(&p->lock);
-        while (atomic_load(&p->epoch) == seen)
-            pthread_cond_wait(&p->go, &p->lock);
-        pthread_mutex_unlock(&p->lock);
-        seen++;
-        if (!p->fn)
-            return NULL;
-        pool_work(p, w.number);
-        if (atomic_fetch_sub(&p->left, 1) == 1) {
-            pthread_mutex_lock(&p->lock);
-            pthread_cond_signal(&p->done);
-            pthread_mutex_unlock(&p->lock);
-        }
-    }
-}
-
-static void pool_start(struct pool *p, job_fn *fn, void *arg, size_t items, size_t grain)
-{
-    p->fn = fn;
-    p->arg = arg;
-    p->items = items;
-    p->grain = grain;
-    atomic_store(&p->next, 0);
-    atomic_store(&p->left, p->n - 1);
-    pthread_mutex_lock(&p->lock);
-    atomic_fetch_add(&p->epoch, 1);
-    pthread_cond_broadcast(&p->go);
-    pthread_mutex_unlock(&p->lock);
-}
-
-/* Do ITEMS items on all threads, GRAIN at a time; COST is the whole job's multiplications. */
-static void pool_run(struct pool *p, job_fn *fn, void *arg, size_t items, size_t grain,
-                     double cost)
-{
-    if (p->n == 1 || items <= grain || cost < SMALL) {
-        fn(arg, 0, 0, items);
-        return;
-    }
-    pool_start(p, fn, arg, items, grain);
-    pool_work(p, 0);
-    for (int i = 0; i < SPIN && atomic_load(&p->left); i++)
-        relax();
-    pthread_mutex_lock(&p->lock);
-    while (atomic_load(&p->left))
-        pthread_cond_wait(&p->done, &p->lock);
-    pthread_mutex_unlock(&p->lock);
-}
-
-static int cpus(void)
-{
-#ifdef __linux__
-    cpu_set_t set;
-
-    if (!sched_getaffinity(0, sizeof set, &set))
-        return CPU_COUNT(&set);
-#endif
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
-}
-
-/* Start the threads; one that cannot be made is done without. */
-static void pool_make(struct pool *p, int threads)
-{
-    sigset_t all, old;
-
-    if (threads <= 0)
-        threads = cpus();
-    threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->go, NULL);
-    pthread_cond_init(&p->done, NULL);
-    sigfillset(&all);                   /* signals are for the application's threads */
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    for (p->n = 1; p->n < threads; p->n++) {
-        struct worker *w = malloc(sizeof *w);
-
-        if (!w)
-            break;
-        *w = (struct worker){p, p->n};
-        if (pthread_create(&p->thread[p->n], NULL, pool_thread, w)) {
-            free(w);
-            break;
-        }
-    }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-}
-
-static void pool_free(struct pool *p)
-{
-    pool_start(p, NULL, NULL, 0, 1);
-    for (int i = 1; i < p->n; i++)
-        pthread_join(p->thread[i], NULL);
-    pthread_mutex_destroy(&p->lock);
-    pthread_cond_destroy(&p->go);
-    pthread_cond_destroy(&p->done);
-}
 
 /* ---- Kernels ------------------------------------------------------------------- */
 
@@ -426,7 +271,7 @@ struct rt_cpu {
     struct gen_model m;
     const struct rt_weights *weights;
     int resident, round_kv, context;
-    struct pool pool;
+    struct rt_pool pool;
     rows_fn *rows;
     head_fn *head;
     struct matrix *mats;                /* [RT_TENSORS][L]; vectors have none */
@@ -516,7 +361,7 @@ static int load_matrix(struct rt_cpu *c, int tensor, int layer, int rows, int co
                         "%.1f MB", c->m.name, rows, cols,
                         (double)gen_model_params(&c->m) * (double)size / 1e6);
     a->w = a->copy;
-    pool_run(&c->pool, fill_rows, &f, a->rows, 16, (double)rows * cols);
+    rt_pool_run(&c->pool, fill_rows, &f, a->rows, 16, (double)rows * cols);
     return 0;
 }
 
@@ -613,7 +458,7 @@ int rt_cpu_make(const struct gen_model *m, const struct rt_weights *w, int resid
     c->context = context;
     c->rows = have_avx2() ? rows_avx2 : rows_plain;
     c->head = have_avx2() ? head_avx2 : head_plain;
-    pool_make(&c->pool, threads);
+    rt_pool_make(&c->pool, threads);
     c->mats = array(RT_TENSORS, m->L, 1, sizeof *c->mats);
     rc = c->mats ? make_buffers(c, err)
                  : gen_fail(err, MK_ENOMEM, "%s: no memory for the list of weights", m->name);
@@ -630,7 +475,7 @@ void rt_cpu_free(struct rt_cpu *c)
 {
     if (!c)
         return;
-    pool_free(&c->pool);
+    rt_pool_free(&c->pool);
     for (int i = 0; c->mats && i < RT_TENSORS * c->m.L; i++)
         free(c->mats[i].copy);
     free(c->mats);
@@ -702,7 +547,7 @@ static void multiply(struct product *p)
     for (int i = 0; i < p->n_mats; i++)
         rows += p->part[i].mat->rows;
     grain = rows / (threads * 8);       /* eight turns each: a delayed thread holds up little */
-    pool_run(&p->c->pool, product_rows, p, rows, grain < 8 ? 8 : grain,
+    rt_pool_run(&p->c->pool, product_rows, p, rows, grain < 8 ? 8 : grain,
              (double)rows * (double)p->part[0].mat->cols * p->n);
 }
 
@@ -873,13 +718,13 @@ static void run_layer(struct rt_cpu *c, int n, int pos, int layer)
     norm_rows(c, c->x, n, RT_ATTN_NORM, layer);
     multiply(&qkv);
     finish_qkv(c, n, pos, layer);
-    pool_run(&c->pool, attend_items, &att, heads, 1, 2.0 * (double)heads * (pos + n) * c->m.E);
+    rt_pool_run(&c->pool, attend_items, &att, heads, 1, 2.0 * (double)heads * (pos + n) * c->m.E);
     multiply_one(c, n, c->att, RT_O, layer, c->delta);
     add_delta(c, n);
     norm_rows(c, c->x, n, RT_MLP_NORM, layer);
     multiply(&mlp);
     /* an exponential costs as much as some 20 multiplications */
-    pool_run(&c->pool, silu_items, c, acts, 512, 20.0 * (double)acts);
+    rt_pool_run(&c->pool, silu_items, c, acts, 512, 20.0 * (double)acts);
     multiply_one(c, n, c->gate, RT_DOWN, layer, c->delta);
     add_delta(c, n);
 }
