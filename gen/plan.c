@@ -1,19 +1,13 @@
-/* plan.c - the arithmetic behind gen_plan.  Nothing here looks at a device or a file's
-   contents other than "key = value" lines. */
+/* plan.c - the arithmetic behind gen_plan.  Nothing here looks at a device or a file. */
 #include "config.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "gen/gen.h"
+#include "gen/keys.h"
 
 /* Measured on an H200: 64 KiB in flight per SM saturate its memory, and every further byte
    is a queue that hops stand in. */
@@ -31,216 +25,9 @@ enum {
     MOST_LOGITS = 1 << 21
 };
 /* CTAs of a group by default: 8 is the largest cluster that every GPU with clusters takes. */
-enum { GROUP = 8, MOST_CTAS = 1024, MOST_GROUP = 16 };
+enum { GROUP = 8 };
 /* Fewer ring stages than this, and smaller chunks or fewer warps are better. */
 enum { FEW_STAGES = 3 };
-
-struct key {
-    const char *name;
-    size_t offset;     /* of an int in struct gen_plan */
-    int lo, hi;        /* range; with NAMES: 0 .. number of names - 1 */
-    const char *names; /* "list|loop" or NULL */
-    const char *text;
-};
-
-#define AT(field) offsetof(struct gen_plan, field)
-static const struct key keys[] = {
-    {"ctas", AT(ctas), 1, MOST_CTAS, NULL,
-     "CTAs of decode; at most the SMs, a multiple of group"},
-    {"group", AT(group), 1, MOST_GROUP, NULL,
-     "CTAs that share KV heads and a slice of the MLP; at most hidden_size / 16"},
-    {"cluster", AT(cluster), 0, 1, "l2|cluster",
-     "hops inside a group: through L2, or over distributed shared memory"},
-    {"balance", AT(balance), 0, 1000, NULL,
-     "percent of attention's bytes that count when the MLP is shared out"},
-    {"warps", AT(warps), 4, 8, NULL, "consumer warps of a decode CTA; two more keep the ring full"},
-    {"chunk_bytes", AT(chunk_bytes), 512, 65536, NULL, "longest chunk of the weight ring"},
-    {"stages", AT(stages), 2, 31, NULL, "stages of the weight ring"},
-    {"inflight", AT(inflight), 1, 31, NULL, "chunks in flight at most"},
-    {"inflight_heads", AT(inflight_heads), 1, 31, NULL,
-     "the same of q, k, v, the KV cache and O, which only groups with KV heads read"},
-    {"inflight_hop", AT(inflight_hop), 1, 31, NULL, "chunks in flight while a hop is awaited"},
-    {"round_blocks", AT(round_blocks), 2, 16, NULL, "blocks of 8 rows between two barriers; even"},
-    {"tokens_per_launch", AT(tokens_per_launch), 1, 1024, NULL,
-     "tokens of one decode launch at most"},
-    {"prefill_ctas", AT(prefill_ctas), 1, MOST_CTAS, NULL, "CTAs of prefill; at most the SMs"},
-    {"prefill_tokens", AT(prefill_tokens), 16, 8192, NULL,
-     "tokens of one prefill launch at most; a multiple of 16"},
-    {"gemm_m", AT(gemm_m), 64, 128, NULL, "prefill tile: tokens"},
-    {"gemm_n", AT(gemm_n), 64, 128, NULL, "prefill tile: rows"},
-    {"gemm_k", AT(gemm_k), 32, 64, NULL, "prefill tile: columns"},
-    {"gemm_stages", AT(gemm_stages), 2, 8, NULL, "prefill tile: copy stages"},
-    {"flash_m", AT(flash_m), 128, 128, NULL, "prefill attention tile: queries"},
-    {"flash_n", AT(flash_n), 32, 64, NULL, "prefill attention tile: positions"},
-    {"unroll_layers", AT(unroll_layers), 0, 1, "list|loop",
-     "layers as a list of calls, or as a loop"},
-    {"dtype", AT(dtype), 0, 1, "bf16|fp16", "resident type of weights and KV cache"},
-    {"fault", AT(fault), 0, 1, "none|hang", "for tests: a CTA that never answers"},
-    {"epoch0", AT(epoch0), 1, INT_MAX, NULL, "for tests: first tag of the exchange"},
-    {"timing", AT(timing), 0, 1, "off|on",
-     "count the cycles of decode's stages (mkbench --stages)"},
-    {NULL, 0, 0, 0, NULL, NULL}};
-
-const char *gen_plan_key(int i)
-{
-    static char line[256];
-    char range[32];
-
-    if (i < 0 || (size_t) i >= sizeof keys / sizeof *keys - 1)
-        return NULL;
-    if (keys[i].names)
-        snprintf(range, sizeof range, "%s", keys[i].names);
-    else
-        snprintf(range, sizeof range, "%d..%d", keys[i].lo, keys[i].hi);
-    snprintf(line, sizeof line, "%-18s %-12s %s", keys[i].name, range, keys[i].text);
-    return line;
-}
-
-static int *key_slot(struct gen_plan *p, const struct key *k)
-{
-    return (int *) ((char *) p + k->offset);
-}
-
-/* The number of WORD among NAMES ("list|loop"), or -1. */
-static int name_index(const char *names, const char *word)
-{
-    size_t len = strlen(word);
-
-    for (int i = 0; names; i++) {
-        size_t n = strcspn(names, "|");
-        if (n == len && !memcmp(names, word, n))
-            return i;
-        names = names[n] ? names + n + 1 : NULL;
-    }
-    return -1;
-}
-
-/* Set key NAME of P to the text VALUE; WHERE stands in errors; *SET gets the key's bit. */
-static int set_key(struct gen_plan *p, const char *where, const char *name, const char *value,
-                   unsigned long *set, struct mk_err *err)
-{
-    const struct key *k;
-    char *end;
-    long v;
-
-    for (k = keys; k->name && strcmp(k->name, name); k++)
-        ;
-    if (!k->name)
-        return gen_fail(err, MK_EINVAL, "%s: unknown plan key \"%.40s\" (mkgen --list-keys)", where,
-                        name);
-    if (k->names) {
-        v = name_index(k->names, value);
-        if (v < 0)
-            return gen_fail(err, MK_EINVAL, "%s: %s is \"%.40s\"; it must be one of %s", where,
-                            name, value, k->names);
-    } else {
-        errno = 0;
-        v = strtol(value, &end, 10);
-        if (errno || end == value || *end || v < k->lo || v > k->hi)
-            return gen_fail(err, MK_EINVAL, "%s: %s is \"%.40s\"; it must be an integer in %d..%d",
-                            where, name, value, k->lo, k->hi);
-    }
-    *key_slot(p, k) = (int) v;
-    *set |= 1ul << (k - keys);
-    return 0;
-}
-
-/* Was FIELD set by the caller?  Used only while defaults are filled in. */
-static int is_set(unsigned long set, size_t offset)
-{
-    for (const struct key *k = keys; k->name; k++)
-        if (k->offset == offset)
-            return set >> (k - keys) & 1;
-    return 0;
-}
-
-static char *trim(char *s)
-{
-    char *end;
-
-    s += strspn(s, " \t\r\n");
-    for (end = s + strlen(s); end > s && strchr(" \t\r\n", end[-1]); end--)
-        ;
-    *end = 0;
-    return s;
-}
-
-/* Split "key = value" in place and set it. */
-static int set_line(struct gen_plan *p, const char *where, char *line, unsigned long *set,
-                    struct mk_err *err)
-{
-    char *eq = strchr(line, '=');
-
-    if (!eq)
-        return gen_fail(err, MK_EINVAL, "%s: \"%.60s\" is not key=value", where, line);
-    *eq = 0;
-    return set_key(p, where, trim(line), trim(eq + 1), set, err);
-}
-
-/* A regular file: opening anything else may wait for ever. */
-static int open_plan_file(const char *path, FILE **out, struct mk_err *err)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), rc = 0;
-    struct stat st;
-
-    *out = NULL;
-    if (fd < 0)
-        return gen_fail(err, errno == ENOENT ? MK_ENOENT : MK_EIO, "%s: %s", path, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode))
-        rc = gen_fail(err, MK_EIO, "%s: not a regular file", path);
-    else if (!(*out = fdopen(fd, "r")))
-        rc = gen_fail(err, MK_ENOMEM, "%s: no memory", path);
-    if (rc)
-        close(fd);
-    return rc;
-}
-
-/* What --dump-plan prints is a plan file too: only its section "[choices]" counts. */
-static int read_plan_file(struct gen_plan *p, const char *path, unsigned long *set,
-                          struct mk_err *err)
-{
-    char line[512], where[4200], *text;
-    int rc, choices = 1;
-    FILE *f;
-
-    rc = open_plan_file(path, &f, err);
-    if (rc)
-        return rc;
-    for (int n = 1; rc == 0 && fgets(line, sizeof line, f); n++) {
-        snprintf(where, sizeof where, "%s:%d", path, n);
-        if (!strchr(line, '\n') && !feof(f)) {
-            rc = gen_fail(err, MK_EFORMAT, "%s: line too long", where);
-            break;
-        }
-        line[strcspn(line, "#")] = 0;
-        text = trim(line);
-        if (*text == '[')
-            choices = !strcmp(text, "[choices]");
-        else if (*text && choices && (rc = set_line(p, where, text, set, err)) == MK_EINVAL)
-            rc = err ? (err->code = MK_EFORMAT) : MK_EFORMAT;
-    }
-    if (rc == 0 && ferror(f))
-        rc = gen_fail(err, MK_EIO, "%s: read error", path);
-    fclose(f);
-    return rc;
-}
-
-static int read_settings(struct gen_plan *p, const char *plan_file, const char *const *set_list,
-                         unsigned long *set, struct mk_err *err)
-{
-    char line[512];
-    int rc = 0;
-
-    if (plan_file)
-        rc = read_plan_file(p, plan_file, set, err);
-    for (; rc == 0 && set_list && *set_list; set_list++) {
-        if (strlen(*set_list) >= sizeof line)
-            return gen_fail(err, MK_EINVAL, "--set: \"%.60s...\" is too long", *set_list);
-        strcpy(line, *set_list);
-        rc = set_line(p, "--set", line, set, err);
-    }
-    return rc;
-}
 
 /* ---- Groups and their shares ---------------------------------------------- */
 
@@ -330,9 +117,9 @@ static int group_heads(const struct gen_plan *p, int group)
 
 /* Give the units of the MLP one by one to the group that is then the least busy, the last one of
    several: the last group, which has no more heads than any other, so has some. */
-static void share_units(const struct gen_plan *p, int units[MOST_CTAS])
+static void share_units(const struct gen_plan *p, int units[GEN_MOST_CTAS])
 {
-    int64_t next[MOST_CTAS]; /* cost with one unit more */
+    int64_t next[GEN_MOST_CTAS]; /* cost with one unit more */
 
     for (int g = 0; g < p->groups; g++) {
         units[g] = 0;
@@ -350,7 +137,7 @@ static void share_units(const struct gen_plan *p, int units[MOST_CTAS])
 
 static void plan_groups(struct gen_plan *p)
 {
-    int units[MOST_CTAS], head = 0, unit = 0;
+    int units[GEN_MOST_CTAS], head = 0, unit = 0;
     struct gen_class *c = NULL;
 
     p->groups = p->ctas / p->group;
@@ -590,7 +377,7 @@ static int shrink_prefill(struct gen_plan *p, unsigned long set)
 
     for (size_t i = 0; i < sizeof choices / sizeof *choices; i++) {
         int *choice = (int *) ((char *) p + choices[i].offset);
-        if (!is_set(set, choices[i].offset) && *choice > choices[i].least) {
+        if (!gen_keys_has(set, choices[i].offset) && *choice > choices[i].least) {
             *choice -= choices[i].step;
             return 1;
         }
@@ -602,21 +389,21 @@ static void choose_prefill(struct gen_plan *p, unsigned long set)
 {
     const int small = p->gpu.smem_block < 90000;
 
-    if (!is_set(set, AT(prefill_ctas)))
-        p->prefill_ctas = is_set(set, AT(ctas)) ? p->ctas : p->gpu.sms;
-    if (!is_set(set, AT(prefill_tokens)))
+    if (!gen_keys_has(set, AT(prefill_ctas)))
+        p->prefill_ctas = gen_keys_has(set, AT(ctas)) ? p->ctas : p->gpu.sms;
+    if (!gen_keys_has(set, AT(prefill_tokens)))
         p->prefill_tokens = min_int(2048, (int) align_up(p->context, 16));
-    if (!is_set(set, AT(gemm_m)))
+    if (!gen_keys_has(set, AT(gemm_m)))
         p->gemm_m = small ? 64 : 128;
-    if (!is_set(set, AT(gemm_n)))
+    if (!gen_keys_has(set, AT(gemm_n)))
         p->gemm_n = 128;
-    if (!is_set(set, AT(gemm_k)))
+    if (!gen_keys_has(set, AT(gemm_k)))
         p->gemm_k = small ? 32 : 64;
-    if (!is_set(set, AT(gemm_stages))) /* sm_75 copies at once: a third stage gains nothing */
+    if (!gen_keys_has(set, AT(gemm_stages))) /* sm_75 copies at once: a third stage gains nothing */
         p->gemm_stages = p->family == 75 ? 2 : 4;
-    if (!is_set(set, AT(flash_m)))
+    if (!gen_keys_has(set, AT(flash_m)))
         p->flash_m = 128;
-    if (!is_set(set, AT(flash_n)))
+    if (!gen_keys_has(set, AT(flash_n)))
         p->flash_n = 64;
     p->most_stages = p->family == 75 ? 2 : 8;
     while (prefill_smem(p) > p->gpu.smem_block && shrink_prefill(p, set))
@@ -648,7 +435,7 @@ static int choose_group(const struct gen_plan *p, int ctas_set)
     while (group * 2 <= most && (!ctas_set || p->ctas % (group * 2) == 0))
         group *= 2;
     if (ctas_set && p->ctas / group > most_groups(p))
-        for (group = min_int(MOST_GROUP, min_int(pairs, p->ctas)); p->ctas % group; group--)
+        for (group = min_int(GEN_MOST_GROUP, min_int(pairs, p->ctas)); p->ctas % group; group--)
             ;
     return group;
 }
@@ -664,17 +451,17 @@ static int choose_cluster(const struct gen_plan *p, int ctas_set)
 
 static void choose_groups(struct gen_plan *p, unsigned long set)
 {
-    const int ctas_set = is_set(set, AT(ctas));
+    const int ctas_set = gen_keys_has(set, AT(ctas));
 
-    if (!is_set(set, AT(group)))
+    if (!gen_keys_has(set, AT(group)))
         p->group = choose_group(p, ctas_set);
-    if (!is_set(set, AT(cluster)))
+    if (!gen_keys_has(set, AT(cluster)))
         p->cluster = choose_cluster(p, ctas_set);
     if (!ctas_set) {
         const int groups = p->cluster ? clusters_that_fit(p) : p->gpu.sms / p->group;
         p->ctas = max_int(1, min_int(groups, most_groups(p))) * p->group;
     }
-    if (!is_set(set, AT(balance)))
+    if (!gen_keys_has(set, AT(balance)))
         p->balance = 0;
 }
 
@@ -691,15 +478,15 @@ static void choose_decode(struct gen_plan *p, unsigned long set)
 {
     const int smem = p->gpu.smem_block;
 
-    if (!is_set(set, AT(warps)))
+    if (!gen_keys_has(set, AT(warps)))
         p->warps = 8;
-    if (!is_set(set, AT(chunk_bytes)))
+    if (!gen_keys_has(set, AT(chunk_bytes)))
         p->chunk_bytes = max_int(least_chunk(p), smem >= 160000  ? 16384
                                                  : smem >= 90000 ? 8192
                                                                  : 4096);
-    if (!is_set(set, AT(round_blocks)))
+    if (!gen_keys_has(set, AT(round_blocks)))
         p->round_blocks = 10;
-    if (!is_set(set, AT(dtype)))
+    if (!gen_keys_has(set, AT(dtype)))
         p->dtype = p->family == 75 || p->model.dtype == GEN_FP16 ? GEN_FP16 : GEN_BF16;
 }
 
@@ -714,13 +501,13 @@ static void plan_sizes(struct gen_plan *p)
 /* As shrink_prefill. */
 static int shrink_decode(struct gen_plan *p, unsigned long set)
 {
-    if (!is_set(set, AT(chunk_bytes)) && p->chunk_bytes / 2 >= max_int(4096, least_chunk(p)))
+    if (!gen_keys_has(set, AT(chunk_bytes)) && p->chunk_bytes / 2 >= max_int(4096, least_chunk(p)))
         p->chunk_bytes /= 2;
-    else if (!is_set(set, AT(warps)) && p->warps > 4)
+    else if (!gen_keys_has(set, AT(warps)) && p->warps > 4)
         p->warps = 4;
-    else if (!is_set(set, AT(round_blocks)) && p->round_blocks > 2)
+    else if (!gen_keys_has(set, AT(round_blocks)) && p->round_blocks > 2)
         p->round_blocks = max_int(2, p->round_blocks / 4 * 2);
-    else if (stages_that_fit(p) < 2 && !is_set(set, AT(group)) && !p->cluster &&
+    else if (stages_that_fit(p) < 2 && !gen_keys_has(set, AT(group)) && !p->cluster &&
              p->group % 2 == 0 && p->group > 2 && p->groups * 2 <= most_groups(p))
         p->group /= 2, plan_groups(p); /* each has a smaller part of the MLP product */
     else
@@ -732,19 +519,19 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
 {
     while (plan_sizes(p), stages_that_fit(p) < FEW_STAGES && shrink_decode(p, set))
         ;
-    if (!is_set(set, AT(stages))) {
+    if (!gen_keys_has(set, AT(stages))) {
         const int chunks = (int) min_int64(16, token_chunks(p, 0)); /* see check_ring */
         p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
     }
-    if (!is_set(set, AT(inflight)))
+    if (!gen_keys_has(set, AT(inflight)))
         p->inflight = max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
-    if (!is_set(set, AT(inflight_heads))) { /* few groups have as many in flight as otherwise all */
+    if (!gen_keys_has(set, AT(inflight_heads))) { /* few groups have as many in flight as otherwise all */
         const int heads = min_int(p->groups, p->model.K), few = heads * 2 < p->groups;
         p->inflight_heads = few ? min_int(p->stages, p->inflight * p->groups / heads) : p->inflight;
     }
-    if (!is_set(set, AT(inflight_hop)))
+    if (!gen_keys_has(set, AT(inflight_hop)))
         p->inflight_hop = max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
-    if (!is_set(set, AT(tokens_per_launch))) { /* a token takes about twice its floor, and hops */
+    if (!gen_keys_has(set, AT(tokens_per_launch))) { /* a token takes about twice its floor, and hops */
         const double kv_us = p->floor_us * (double) p->kv_bytes / (double) p->token_bytes;
         p->tokens_per_launch =
             max_int(1, min_int(64, (int) (LAUNCH_US / (2 * (p->floor_us + kv_us) + 500))));
@@ -918,7 +705,7 @@ int gen_plan_make(const struct gen_model *m, const struct gen_gpu *g, int contex
                         m->max_context);
     out->context = context ? context : min_int(4096, m->max_context);
     out->family = g->arch >= 90 ? 90 : g->arch >= 80 ? 80 : 75;
-    rc = read_settings(out, plan_file, set_list, &set, err);
+    rc = gen_keys_read(out, plan_file, set_list, &set, err);
     if (rc)
         return rc;
     choose_groups(out, set);

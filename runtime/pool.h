@@ -23,8 +23,8 @@ struct rt_pool {
     void *arg;
 };
 
-/* P is zeros.  Start THREADS threads, the caller's counted; 0: one for each CPU that this process may use.  One that cannot be
-   made is done without: p->n says how many there are. */
+/* P is zeros.  Start THREADS threads, the caller's counted; 0: one for each CPU that this process may use.
+   One that cannot be made is done without: p->n says how many there are. */
 void rt_pool_make(struct rt_pool *p, int threads);
 void rt_pool_free(struct rt_pool *p);
 
