@@ -52,7 +52,7 @@ struct gen_plan {
     int group;              /* CTAs of a group */
     int cluster;            /* hops inside a group: 0 through L2, 1 over shared memory */
     int balance;            /* percent of attention's bytes that count when units are shared out */
-    int warps;              /* consumer warps of a CTA; one more is the producer */
+    int warps;              /* consumer warps of a CTA; two more keep the ring full */
     int chunk_bytes;        /* a chunk is at most this long */
     int stages;             /* ring stages */
     int inflight;           /* chunks in flight at most */

@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "runtime/file.h"
+
 /* ---- One library ---------------------------------------------------------- */
 
 struct entry {
@@ -22,7 +24,8 @@ static const struct entry gpu_table[] = { GPU(ENTRY) { NULL, 0 } };
 static const struct entry host_table[] = { HOST(ENTRY) { NULL, 0 } };
 #undef ENTRY
 
-static const char *load_functions(struct driver *cu, void *lib, const struct entry *e)
+/* Those of E; returns the first that LIB lacks, or NULL. */
+static const char *load_table(struct driver *cu, void *lib, const struct entry *e)
 {
     for (; e->name; e++) {
         void *f = dlsym(lib, e->name);
@@ -31,6 +34,18 @@ static const char *load_functions(struct driver *cu, void *lib, const struct ent
         memcpy((char *) cu + e->offset, &f, sizeof f);
     }
     return NULL;
+}
+
+/* All, OWN being those that only this library has; one that lacks any is closed. */
+static const char *load_functions(struct driver *cu, void *lib, const struct entry *own)
+{
+    const char *lacks = load_table(cu, lib, driver_table);
+
+    if (!lacks)
+        lacks = load_table(cu, lib, own);
+    if (lacks)
+        dlclose(lib);
+    return lacks;
 }
 
 static int open_gpu_driver(struct driver *gpu, struct mk_err *err)
@@ -43,36 +58,11 @@ static int open_gpu_driver(struct driver *gpu, struct mk_err *err)
     lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!lib)
         return gen_fail(err, MK_ENOGPU, "no NVIDIA driver (%s)", dlerror());
-    lacks = load_functions(gpu, lib, driver_table);
-    if (!lacks)
-        lacks = load_functions(gpu, lib, gpu_table);
+    lacks = load_functions(gpu, lib, gpu_table);
     if (!lacks)
         return 0;
-    dlclose(lib);
     return gen_fail(err, MK_ENOGPU, "%s has no %s: the NVIDIA driver is too old, "
                     "or this is another library", path, lacks);
-}
-
-/* The folder of the file that holds this code (libmk.so or a program), with a '/'. */
-static int own_folder(char *path, size_t size)
-{
-    ssize_t n = -1;
-    Dl_info info;
-    char *end;
-
-    if (dladdr((void *) driver_table, &info) && info.dli_fname && info.dli_fname[0] == '/')
-        n = snprintf(path, size, "%s", info.dli_fname);
-    if (n < 0 || n >= (ssize_t) size) {
-        n = readlink("/proc/self/exe", path, size - 1);
-        if (n < 0)
-            return -1;
-        path[n] = 0;
-    }
-    end = strrchr(path, '/');
-    if (!end)
-        return -1;
-    end[1] = 0;
-    return 0;
 }
 
 /* Where libmkhost.so is: in PATH.  The places are those of a built tree, of an installed one that
@@ -86,14 +76,17 @@ static int find_host_driver(char *path, size_t size, struct mk_err *err)
 #endif
     };
     const char *named = getenv("MK_HOST_DRIVER");
-    char own[4096];
+    char own[4096], *end;
     int n;
 
     if (named && *named) {
         snprintf(path, size, "%s", named);
         return 0;
     }
-    if (own_folder(own, sizeof own))
+    end = rt_file_of_code(own, sizeof own) ? NULL : strrchr(own, '/');
+    if (end)
+        end[1] = 0;
+    else
         strcpy(own, "./");
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
         n = snprintf(path, size, "%s%slibmkhost.so", folders[i][0] == '/' ? "" : own, folders[i]);
@@ -119,12 +112,9 @@ static int open_host_driver(struct driver *host, struct mk_err *err)
     lib = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
     if (!lib)
         return gen_fail(err, MK_ENOGPU, "the emulated device cannot be opened (%s)", dlerror());
-    lacks = load_functions(host, lib, driver_table);
-    if (!lacks)
-        lacks = load_functions(host, lib, host_table);
+    lacks = load_functions(host, lib, host_table);
     if (!lacks)
         return 0;
-    dlclose(lib);
     return gen_fail(err, MK_ENOGPU, "%s has no %s: it is not the libmkhost.so of this version",
                     path, lacks);
 }

@@ -3,6 +3,7 @@
 #include "runtime/file.h"
 
 #include <dirent.h>
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -17,6 +18,22 @@
 int rt_file_is_ours(const struct stat *st)
 {
     return st->st_uid == geteuid() && !(st->st_mode & (S_IWGRP | S_IWOTH));
+}
+
+int rt_file_of_code(char *path, size_t size)
+{
+    ssize_t n = -1;
+    Dl_info info;
+
+    if (dladdr((void *) rt_file_of_code, &info) && info.dli_fname && info.dli_fname[0] == '/')
+        n = snprintf(path, size, "%s", info.dli_fname);
+    if (n < 0 || n >= (ssize_t) size) {
+        n = readlink("/proc/self/exe", path, size - 1);
+        if (n < 0)
+            return -1;
+        path[n] = 0;
+    }
+    return 0;
 }
 
 int rt_file_read(int dir, const char *name, int own, char **data, size_t *size)

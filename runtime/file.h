@@ -8,6 +8,10 @@
 /* 1: it belongs to the user, and nobody else may write to it; else 0. */
 int rt_file_is_ours(const struct stat *st);
 
+/* The path of the file that holds this code: libmk.so, or the program.  Returns 0, or -1 when it is not known or
+   does not fit into SIZE bytes. */
+int rt_file_of_code(char *path, size_t size);
+
 /* All of a regular file of at most 256 MiB, malloc'd and zero-terminated.  OWN: it must be ours, and no link.
    Returns 0, MK_ENOENT (not there, or nothing that we would read), MK_ENOMEM; *data is NULL then. */
 int rt_file_read(int dir, const char *name, int own, char **data, size_t *size);

@@ -11,6 +11,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "runtime/file.h"
+
 /* nvrtcResult is an int, nvrtcProgram a pointer. */
 #define NVRTC(F)                                                                            \
     F(nvrtcVersion, int, (int *major, int *minor))                                          \
@@ -84,18 +86,10 @@ static void *open_private(const char *dir)
 static void *open_beside(void)
 {
     char path[4096 + 8];
-    Dl_info info;
-    ssize_t n = -1;
     char *end;
 
-    if (dladdr((void *) &rtc, &info) && info.dli_fname && info.dli_fname[0] == '/')
-        n = snprintf(path, 4096, "%s", info.dli_fname);
-    if (n < 0 || n >= 4096) {
-        n = readlink("/proc/self/exe", path, 4095);
-        if (n < 0)
-            return NULL;
-        path[n] = 0;
-    }
+    if (rt_file_of_code(path, 4096))
+        return NULL;
     for (int up = 0; up < 5 && (end = strrchr(path, '/')) != NULL; up++) {
         void *lib;
         strcpy(end, "/.nvrtc");
