@@ -25,38 +25,47 @@
 
 /* Short for the tables below. */
 enum { QKV = GEN_HOP_QKV, PART = GEN_HOP_PART, MLP = GEN_HOP_MLP, O = GEN_HOP_O };
-enum { DOWN = GEN_HOP_DOWN, BEST = GEN_HOP_BEST, COUNT = GEN_HOP_COUNT };
+enum { TEAM = GEN_HOP_TEAM, DOWN = GEN_HOP_DOWN, BEST = GEN_HOP_BEST, COUNT = GEN_HOP_COUNT };
 enum { X_O = GEN_HOP_X_O, X_DOWN = GEN_HOP_X_DOWN, NONE = GEN_NO_HOP, LAYER = GEN_LAYER_TAG };
 /* x[0] or x[1], and the squares beside it. */
 enum { AFTER_O = 1 << X_O, AFTER_DOWN = 1 << X_DOWN };
 
+/* Those who attend, far on. */
+enum { ATTEND = GEN_HEADS | GEN_HELPS };
+
 /* X is awaited in rows, at once behind add_norm.  Ranks that send QKV, PART or MLP meet before;
    others neither meet nor read x. */
 static const struct gen_stage stages[] = {
-    {"rows(QKV)", GEN_ALWAYS, GEN_HEADS, 0, NONE, QKV, NONE, AFTER_DOWN, LAYER, 1},
-    {"attn", GEN_ALWAYS, GEN_HEADS, 0, QKV, PART, NONE, 0, LAYER, 1},
-    {"columns(O)", GEN_ALWAYS, GEN_HEADS, 1, PART, O, NONE, 0, LAYER, 1},
-    {"add_norm(O)", GEN_ALWAYS, GEN_ANY, 0, O, X_O, X_O, AFTER_DOWN, LAYER, 1},
-    {"rows(MLP)", GEN_ALWAYS, GEN_UNITS, 0, NONE, MLP, NONE, AFTER_O, LAYER, 1},
-    {"columns(DOWN)", GEN_ALWAYS, GEN_UNITS, 0, MLP, DOWN, NONE, 0, LAYER, 1},
-    {"add_norm(DOWN)", GEN_ALWAYS, GEN_ANY, 0, DOWN, X_DOWN, X_DOWN, AFTER_O, LAYER, 1},
-    {"rows(HEAD)", GEN_ALWAYS, GEN_ANY, 0, NONE, NONE, NONE, AFTER_DOWN, 0, 1},
-    {"grid_best", GEN_GREEDY | GEN_TOP_K | GEN_TOP_P, GEN_ANY, 1, NONE, BEST, BEST, 0, 0, 1},
-    {"count_digit", GEN_TOP_K, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 1, 8},
-    {"count_digit", GEN_TOP_P, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 9, 8},
-    {"grid_best", GEN_SAMPLE, GEN_ANY, 1, NONE, BEST, BEST, 0, 17, 1},
-    {NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0}};
+    {"rows(QKV)", GEN_ALWAYS, GEN_HEADS, 0, NONE, QKV, NONE, AFTER_DOWN, LAYER, 1, GEN_NEAR},
+    {"rows(QKV)", GEN_ALWAYS, ATTEND, 0, NONE, QKV, NONE, AFTER_DOWN, LAYER, 1, GEN_FAR},
+    {"attn", GEN_ALWAYS, GEN_HEADS, 0, QKV, PART, NONE, 0, LAYER, 1, GEN_NEAR},
+    {"attn", GEN_ALWAYS, ATTEND, 0, QKV, PART, NONE, 0, LAYER, 1, GEN_FAR},
+    {"attn_merge", GEN_ALWAYS, GEN_HELPS, 0, PART, TEAM, NONE, 0, LAYER, 1, GEN_FAR},
+    {"attn_merge", GEN_ALWAYS, GEN_HEADS, 0, NONE, NONE, PART, 0, LAYER, 1, GEN_FAR},
+    {"columns(O)", GEN_ALWAYS, GEN_HEADS, 1, PART, O, NONE, 0, LAYER, 1, GEN_NEAR},
+    {"columns(O)", GEN_ALWAYS, GEN_HEADS, 1, TEAM, O, NONE, 1 << PART, LAYER, 1, GEN_FAR},
+    {"add_norm(O)", GEN_ALWAYS, GEN_ANY, 0, O, X_O, X_O, AFTER_DOWN, LAYER, 1, GEN_NEAR_FAR},
+    {"rows(MLP)", GEN_ALWAYS, GEN_UNITS, 0, NONE, MLP, NONE, AFTER_O, LAYER, 1, GEN_NEAR_FAR},
+    {"columns(DOWN)", GEN_ALWAYS, GEN_UNITS, 0, MLP, DOWN, NONE, 0, LAYER, 1, GEN_NEAR_FAR},
+    {"add_norm(DOWN)", GEN_ALWAYS, GEN_ANY, 0, DOWN, X_DOWN, X_DOWN, AFTER_O, LAYER, 1, GEN_NEAR_FAR},
+    {"rows(HEAD)", GEN_ALWAYS, GEN_ANY, 0, NONE, NONE, NONE, AFTER_DOWN, 0, 1, GEN_NEAR_FAR},
+    {"grid_best", GEN_GREEDY | GEN_TOP_K | GEN_TOP_P, GEN_ANY, 1, NONE, BEST, BEST, 0, 0, 1, GEN_NEAR_FAR},
+    {"count_digit", GEN_TOP_K, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 1, 8, GEN_NEAR_FAR},
+    {"count_digit", GEN_TOP_P, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 9, 8, GEN_NEAR_FAR},
+    {"grid_best", GEN_SAMPLE, GEN_ANY, 1, NONE, BEST, BEST, 0, 17, 1, GEN_NEAR_FAR},
+    {NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}};
 
 const struct gen_graph gen_graph = {
-    .hops = {[QKV] = {"QKV", GEN_HEADS, GEN_TO_GROUP, GEN_SOME_RANKS, 1},
-             [PART] = {"PART", GEN_HEADS, GEN_TO_GROUP, GEN_SOME_RANKS, 1},
-             [MLP] = {"MLP", GEN_UNITS, GEN_TO_GROUP, GEN_SOME_RANKS, 1},
-             [X_O] = {"X[0]", GEN_ANY, GEN_TO_GROUP, GEN_EACH_WARP, 1},
-             [O] = {"O", GEN_HEADS, GEN_TO_RANK, GEN_EACH_RANK, 2},
-             [DOWN] = {"DOWN", GEN_UNITS, GEN_TO_RANK, GEN_EACH_RANK, 2},
-             [BEST] = {"BEST", GEN_ANY, GEN_TO_ALL, GEN_EACH_RANK, 1},
-             [COUNT] = {"COUNT", GEN_ANY, GEN_TO_ALL, GEN_EACH_RANK, 2},
-             [X_DOWN] = {"X[1]", GEN_ANY, GEN_TO_GROUP, GEN_EACH_WARP, 1}},
+    .hops = {[QKV] = {"QKV", ATTEND, GEN_TO_GROUP, GEN_SOME_RANKS, 1, ATTEND},
+             [PART] = {"PART", ATTEND, GEN_TO_GROUP, GEN_SOME_RANKS, 1, ATTEND},
+             [MLP] = {"MLP", GEN_UNITS, GEN_TO_GROUP, GEN_SOME_RANKS, 1, GEN_UNITS},
+             [X_O] = {"X[0]", GEN_ANY, GEN_TO_GROUP, GEN_EACH_WARP, 1, GEN_ANY},
+             [TEAM] = {"TEAM", GEN_HELPS, GEN_TO_TEAM, GEN_SOME_RANKS, 1, GEN_HEADS},
+             [O] = {"O", GEN_HEADS, GEN_TO_RANK, GEN_EACH_RANK, 2, GEN_ANY},
+             [DOWN] = {"DOWN", GEN_UNITS, GEN_TO_RANK, GEN_EACH_RANK, 2, GEN_ANY},
+             [BEST] = {"BEST", GEN_ANY, GEN_TO_ALL, GEN_EACH_RANK, 1, GEN_ANY},
+             [COUNT] = {"COUNT", GEN_ANY, GEN_TO_ALL, GEN_EACH_RANK, 2, GEN_ANY},
+             [X_DOWN] = {"X[1]", GEN_ANY, GEN_TO_GROUP, GEN_EACH_WARP, 1, GEN_ANY}},
     .stages = stages,
 };
 
@@ -66,7 +75,7 @@ static const int samplers[] = {GEN_GREEDY, GEN_SAMPLE, GEN_SAMPLE | GEN_TOP_K,
 
 /* ---- Who knows what ------------------------------------------------------------ */
 
-/* 3 kinds of groups x 2 of each x 2 ranks of each, and as many as vector registers like. */
+/* 4 kinds of groups x 2 of each x 2 ranks of each. */
 enum { MOST_ACTORS = 16, MOST_PLACES = 8, MOST_BUFFERS = 2, MOST_USES = 192 };
 
 /* A stage at work; they count from 1. */
@@ -100,7 +109,7 @@ struct state {
     const struct gen_graph *graph;
     struct mk_err *err;
     int actors, ranks, kind[MOST_ACTORS], group[MOST_ACTORS];
-    int of_kind[GEN_ANY + 1], members[GEN_TO_ALL + 1][MOST_PLACES]; /* bits */
+    int of_kind[GEN_KINDS_OF_GROUPS], members[GEN_TO_ALL + 1][MOST_PLACES]; /* bits */
     int uses;
     struct use use[MOST_USES];
     struct clock know[MOST_ACTORS];
@@ -115,27 +124,36 @@ static int first(int bits)
     return __builtin_ctz((unsigned) bits);
 }
 
+/* Where words of ACTOR that reach REACH meet those who wait for them.  Groups of no team are none's. */
 static int place_of(const struct state *s, int reach, int actor)
 {
-    return reach == GEN_TO_GROUP ? actor / s->ranks : reach == GEN_TO_RANK ? actor % s->ranks : 0;
+    const int head = s->group[actor] % s->p->model.K, in_team = s->kind[actor] & ATTEND;
+
+    return reach == GEN_TO_GROUP  ? actor / s->ranks
+           : reach == GEN_TO_RANK ? actor % s->ranks
+           : reach == GEN_TO_TEAM ? in_team && head < MOST_PLACES - 1 ? head : MOST_PLACES - 1
+                                  : 0;
 }
 
 /* Two groups of each kind that the plan has, if there are two, and two ranks of each. */
 static void choose_actors(struct state *s)
 {
-    int found[GEN_ANY + 1] = {0};
+    int found[GEN_KINDS_OF_GROUPS] = {0};
 
     s->ranks = s->p->group < 2 ? 1 : 2;
     for (const struct gen_class *c = s->p->cls; c < s->p->cls + s->p->n_classes; c++) {
-        const int kind = (c->heads ? GEN_HEADS : 0) | (c->units ? GEN_UNITS : 0);
-        for (int g = 0; g < c->groups && found[kind] < 2; g++, found[kind]++)
-            for (int rank = 0; rank < s->ranks; rank++) {
+        const int has = (c->heads ? GEN_HEADS : 0) | (c->units ? GEN_UNITS : 0);
+        for (int g = c->first; g < c->first + c->groups; g++) {
+            const int kind = has | (!c->heads && g < s->p->model.K * s->p->team ? GEN_HELPS : 0);
+            for (int rank = 0; rank < s->ranks && found[kind] < 2; rank++) {
                 s->kind[s->actors] = kind;
-                s->group[s->actors++] = c->first + g;
+                s->group[s->actors++] = g;
             }
+            found[kind]++;
+        }
     }
     for (int a = 0; a < s->actors; a++) {
-        for (int who = GEN_HEADS; who <= GEN_ANY; who++)
+        for (int who = GEN_HEADS; who < GEN_KINDS_OF_GROUPS; who++)
             s->of_kind[who] |= !!(s->kind[a] & who) << a;
         for (int reach = 0; reach <= GEN_TO_ALL; reach++)
             s->members[reach][place_of(s, reach, a)] |= 1 << a;
@@ -219,10 +237,11 @@ static int fail_wait(const struct state *s, int hop, int a, int now, int missing
 /* WRITER sends in use NOW into B: all who read there have done so, as far as it knows. */
 static int check_reuse(const struct state *s, int hop, int writer, int now, const struct buffer *b)
 {
-    const int reach = s->graph->hops[hop].reach;
+    const struct gen_hop *h = &s->graph->hops[hop];
     const struct clock *know = &s->know[writer], *heard = &s->heard[writer];
+    const int readers = s->members[h->reach][place_of(s, h->reach, writer)] & s->of_kind[h->to];
 
-    for (int left = s->members[reach][place_of(s, reach, writer)]; left; left &= left - 1) {
+    for (int left = readers; left; left &= left - 1) {
         const int r = first(left), kept = b->kept.at[r];
         if (b->wait.at[r] < b->sent || know->at[r] < b->until.at[r] ||
             (heard->at[r] < kept && know->at[r] < 2 * kept + 1))
@@ -274,6 +293,8 @@ static int wait_for(struct state *s, int a, int now, int hop, int until, struct 
     const int missing = from & ~(s->use[at->use].tag == tag ? at->senders : 0);
     struct buffer *b = &s->buffer[hop][tag % h->buffers];
 
+    if (!from && h->reach == GEN_TO_TEAM) /* its helpers are none of the actors */
+        return 0;
     if (missing || !from)
         return fail_wait(s, hop, a, now, missing);
     if (h->sure != GEN_SOME_RANKS)
@@ -347,13 +368,16 @@ static int add_uses(struct state *s, const struct gen_stage *g, int token, int l
     return 0;
 }
 
-static int check_tokens(struct state s, int sampler, int tokens, int layers)
+static int check_tokens(struct state s, int sampler, int far, int tokens, int layers)
 {
+    const int where = far ? GEN_FAR : GEN_NEAR;
+
     s.use[0].tag = -1;
     for (int token = 0; token < tokens; token++)
         for (int layer = 0; layer <= layers; layer++)
             for (const struct gen_stage *g = s.graph->stages; g->name; g++)
-                if (g->when & sampler && add_uses(&s, g, token, layer, layers))
+                if (g->when & sampler && g->where & where &&
+                    add_uses(&s, g, token, layer, layers))
                     return MK_EINVAL;
     for (int now = 1; now <= s.uses; now++)
         if (run_use(&s, now))
@@ -363,17 +387,19 @@ static int check_tokens(struct state s, int sampler, int tokens, int layers)
 
 /* As many tokens and layers as matter: a buffer is sent into again two layers, or one token, later
    at most; and tags go on behind a token's last layer by the same number whatever L, and buffers
-   with them, when L stays odd or even.  All samplers have the same layers. */
+   with them, when L stays odd or even.  All samplers have the same layers, and near launches the samplers of far
+   ones. */
 int gen_graph_check(const struct gen_plan *p, const struct gen_graph *graph, struct mk_err *err)
 {
     const int L = p->model.L;
     struct state s = {.p = p, .graph = graph, .err = err};
-    int rc;
+    int rc = 0;
 
     choose_actors(&s);
-    rc = check_tokens(s, samplers[0], L < 3 ? 3 : 2, L < 5 ? L : 4 - L % 2);
+    for (int far = p->team > 1; far >= 0 && rc == 0; far--)
+        rc = check_tokens(s, samplers[0], far, L < 3 ? 3 : 2, L < 5 ? L : 4 - L % 2);
     for (size_t i = 1; i < sizeof samplers / sizeof *samplers && rc == 0; i++)
-        rc = check_tokens(s, samplers[i], 2, 2 - L % 2);
+        rc = check_tokens(s, samplers[i], p->team > 1, 2, 2 - L % 2);
     return rc;
 }
 
@@ -545,7 +571,7 @@ static int check_cache(const struct gen_plan *p, struct mk_err *err)
     for (const struct gen_class *c = p->cls; c < p->cls + p->n_classes; c++) {
         const int cta = (c->first + c->groups) * p->group - 1;
         const int64_t chunks = fewest_chunks(p, c, cta);
-        NEED(!c->heads || p->stages <= chunks,
+        NEED((!c->heads && c->first >= m->K * p->team) || p->stages <= chunks,
              "the ring has %d stages, and CTA %d only %lld chunks of a token: a tile of the KV "
              "cache could be copied before its last row is written",
              p->stages, cta, (long long) chunks);
@@ -594,6 +620,8 @@ static int hop_part(const struct gen_plan *p, int hop)
         /* of each rank; behind a query head its maximum and sum */
         [PART] = p->group * p->most_heads * (m->H / m->K) * (m->E / 8 * 3 + 1),
         [MLP] = p->most_units * 12,
+        /* of a head: of each helper two values */
+        [TEAM] = (p->team - 1) * (m->H / m->K) * (m->E / 2),
         /* behind the rows a sum of squares of each warp */
         [GEN_HOP_X] = p->pairs * 6 + p->group * p->warps,
         [O] = p->groups * 6,
@@ -607,7 +635,7 @@ static int hop_part(const struct gen_plan *p, int hop)
 
 static int64_t hop_needs(const struct gen_plan *p, int hop)
 {
-    const int64_t parts = hop == O || hop == DOWN ? p->pairs : p->groups;
+    const int64_t parts = hop == O || hop == DOWN ? p->pairs : hop == TEAM ? p->model.K : p->groups;
 
     if (p->cluster && gen_graph.hops[hop].reach == GEN_TO_GROUP)
         return 0; /* over shared memory */
@@ -686,6 +714,12 @@ static struct word find_word(const struct gen_plan *p, int hop, int part, int at
             WHAT("x[%d], ", part / p->groups);
         else
             WHAT("x[%d], squares of warp %d", part / p->groups, squares % p->warps);
+    } else if (hop == TEAM) {
+        const int each = ratio * p->model.E / 2, pair = at % each;
+        w.group = (at / each + 1) * p->model.K + part;
+        w.rank = pair % p->group;
+        WHAT("head %d, dimensions %d and %d", part * ratio + pair / (p->model.E / 2),
+             pair % (p->model.E / 2) * 2, pair % (p->model.E / 2) * 2 + 1);
     } else if (hop == O || hop == DOWN) {
         w.group = at / 6;
         w.rank = part % p->pairs % p->group;

@@ -37,6 +37,8 @@ static const struct key keys[] = {
     {"inflight_heads", AT(inflight_heads), 1, 31, NULL,
      "the same of q, k, v, the KV cache and O, which only groups with KV heads read"},
     {"inflight_hop", AT(inflight_hop), 1, 31, NULL, "chunks in flight while a hop is awaited"},
+    {"team_from", AT(team_from), 0, INT_MAX, NULL,
+     "position from which groups without KV heads help those that have them; 0: never"},
     {"round_blocks", AT(round_blocks), 2, 16, NULL, "blocks of 8 rows between two barriers; even"},
     {"tokens_per_launch", AT(tokens_per_launch), 1, 1024, NULL,
      "tokens of one decode launch at most"},

@@ -135,6 +135,12 @@ static void share_units(const struct gen_plan *p, int units[GEN_MOST_CTAS])
     }
 }
 
+/* Groups that can share a head's positions. */
+static int most_team(const struct gen_plan *p)
+{
+    return p->cluster && p->model.K * 2 <= p->groups ? p->groups / p->model.K : 1;
+}
+
 static void plan_groups(struct gen_plan *p)
 {
     int units[GEN_MOST_CTAS], head = 0, unit = 0;
@@ -143,6 +149,7 @@ static void plan_groups(struct gen_plan *p)
     p->groups = p->ctas / p->group;
     p->pairs = model_pairs(&p->model);
     p->rank_pairs = ceil_div(p->pairs, p->group);
+    p->team = most_team(p);
     p->n_classes = p->most_heads = p->most_units = 0;
     share_units(p, units);
     for (int g = 0; g < p->groups; g++) {
@@ -264,11 +271,11 @@ static int64_t token_chunks(const struct gen_plan *p, int most)
     const struct gen_phase *head = &p->phase[GEN_HEAD];
     int64_t best = -1;
 
-    for (int cta = 0; cta < p->ctas; cta++) {
+    for (int cta = 0; cta < p->ctas; cta++) { /* a helper's own weights are fewer than those it reads */
         const int group = cta / p->group;
         const int64_t n = p->model.L * layer_chunks(p, group, cta % p->group) +
                           (int64_t) dealt(head->blocks, 1, p->ctas, cta) * head->spans;
-        if ((most || group_heads(p, group)) && (best < 0 || (most ? n > best : n < best)))
+        if ((most || group_heads(p, group) || group < p->model.K * p->team) && (best < 0 || (most ? n > best : n < best)))
             best = n;
     }
     return best;
@@ -304,6 +311,7 @@ static void plan_hops(struct gen_plan *p)
         [GEN_HOP_MLP] = inner * groups * p->most_units * 4 * 3,
         /* after O, after DOWN: rows, and a sum of squares of each warp */
         [GEN_HOP_X] = inner * 2 * groups * (p->pairs * 6 + p->group * p->warps),
+        [GEN_HOP_TEAM] = m->K * (p->team - 1) * (m->H / m->K) * (m->E / 2), /* of a helper two values each */
         [GEN_HOP_O] = sums,
         [GEN_HOP_DOWN] = sums,
         [GEN_HOP_BEST] = p->ctas,
@@ -523,6 +531,10 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
         const int chunks = (int) min_int64(16, token_chunks(p, 0)); /* see check_ring */
         p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
     }
+    if (!gen_keys_has(set, AT(team_from))) /* twice a tile for each CTA: before, a hop more costs as much as it gains */
+        p->team_from = p->team > 1 ? 2 * p->team * p->group * p->kv_tile : 0;
+    if (p->team_from == 0 || p->team_from >= p->context)
+        p->team = 1, plan_hops(p);
     if (!gen_keys_has(set, AT(inflight)))
         p->inflight = max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
     if (!gen_keys_has(set, AT(inflight_heads))) { /* few groups have as many in flight as otherwise all */
@@ -605,6 +617,15 @@ static int check_choices(const struct gen_plan *p, struct mk_err *err)
                         "plan: inflight is %d, inflight_heads %d and inflight_hop %d; they must not exceed "
                         "stages %d, stages and inflight",
                         p->inflight, p->inflight_heads, p->inflight_hop, p->stages);
+    if (p->team_from && most_team(p) == 1)
+        return gen_fail(err, MK_EINVAL,
+                        "plan: team_from is %d; only groups that are clusters help, and only when there are twice as "
+                        "many as KV heads: here %d and %d",
+                        p->team_from, p->groups, p->model.K);
+    if (p->team > 1 && p->team_from / p->kv_tile + 1 < p->team * p->group)
+        return gen_fail(err, MK_EINVAL,
+                        "plan: team_from is %d; %d CTAs that share tiles of %d positions have one each from %d on",
+                        p->team_from, p->team * p->group, p->kv_tile, (p->team * p->group - 1) * p->kv_tile);
     if (p->fault && p->ctas < 2)
         return gen_fail(err, MK_EINVAL,
                         "plan: fault needs 2 ctas: one that hangs and one that reports it");

@@ -593,6 +593,7 @@ static int device_failed(struct rt_session *s, int rc, struct mk_err *err)
         "hop BEST",
         "hop COUNT",
         "the grid barrier of prefill",
+        "hop TEAM",
     };
     const volatile uint32_t *fault = s->mapped.fault;
     const uint32_t stage = fault[MK_FAULT_STAGE];

@@ -1,4 +1,4 @@
-t_section({|Attention over the KV cache, whose tiles are dealt to the ranks|})
+t_section({|Attention over the KV cache, whose tiles are dealt to the ranks, or to those of a team|})
 
 // One head's E values, 2 x E/64 a lane: pair i of a lane is dimensions lane + 32 i and that
 // plus E/2, which rotate together.
@@ -53,12 +53,6 @@ struct Head_values {
     }
 };
 
-// The tiles that this CTA has of each of its group's heads, up to the one of position POS.
-static __device__ __forceinline__ int my_tiles(int pos)
-{
-    return (pos / KV_TILE - my_rank() + GROUP) / GROUP;
-}
-
 // What rows are normed and rotated with, read before they come.
 struct Attention_constants {
     float2 rope[Head_values::PAIRS];
@@ -81,10 +75,9 @@ t_if(MODEL_QK_NORM, {|        q_norm.load(vec + VEC_Q_NORM);
 static __device__ __forceinline__ void attn_rows(int pos, const Attention_constants &c)
 {
     const int warp = threadIdx.x / 32;
-    const Share mine = share_of(my_group());
-    const bool writes = pos / KV_TILE % GROUP == my_rank();
+    const bool writes = has_tile(pos);
     #pragma unroll 1
-    for (int i = warp; i < mine.heads * (RATIO + 2); i += WARPS) {
+    for (int i = warp; i < my_heads() * (RATIO + 2); i += WARPS) {
         const int head = i / (RATIO + 2), j = i % (RATIO + 2), which = j - RATIO; // key or value
         if (which >= 0 && !writes)
             continue;
@@ -108,7 +101,7 @@ t_if(MODEL_QK_NORM, {|            Head_values weight;
 // This position's keys and values, of all heads of the group, to the cache.
 static __device__ __forceinline__ void attn_keep(half *cache, int pos)
 {
-    const Share mine = share_of(my_group());
+    const Share mine = share_of(head_group());
     for (int i = threadIdx.x; i < mine.heads * 2 * (E / 8); i += THREADS) {
         const int head = i / (2 * (E / 8)), which = i / (E / 8) % 2, e = i % (E / 8) * 8;
         *late((uint4 *)(cache + (mine.head0 + head) * KV_HEAD + which * KV_VALUE + kv_at(pos, e))) =
@@ -223,7 +216,7 @@ constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PART
 static __device__ __forceinline__ int attending_warps(int pos)
 {
     const int before = my_tiles(pos) - 1; // tiles, all of whose positions are cached; of the last one:
-    const int cached = max(0, pos - (my_rank() + before * GROUP) * KV_TILE);
+    const int cached = max(0, pos - (my_place() + before * dealt_to()) * KV_TILE);
     return before < 0 ? 0 : min(TURN * PARTS, before * PARTS + min(PARTS, (cached + 15) / 16));
 }
 
@@ -261,7 +254,7 @@ static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
     #pragma unroll 1
     for (int tile = 0; tile < tiles; tile += TURN) {
         const int n = min(TURN, tiles - tile); // this warp takes tile MINE of these
-        const int first = (my_rank() + (tile + mine) * GROUP) * KV_TILE + part * 16; // position
+        const int first = (my_place() + (tile + mine) * dealt_to()) * KV_TILE + part * 16; // position
         const unsigned char *keys = S->ring[(chunk + mine) % STAGES] + part * (E * 32);
         wait_landed(chunk + n);
         if (mine < n && first < pos)
@@ -333,13 +326,11 @@ t_if(PLAN_CLUSTER > 1, {|        float *to = S->part[my_rank()][head * RATIO + q
     }
 }
 
-// LAYER_CACHE and VEC: where the layer's cache and vectors begin.
-static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
+// Attend to my tiles of each head, and send what they give.
+static __device__ __forceinline__ void attn_tiles(int layer, u64 layer_cache, int vec)
 {
-    const int pos = S->args.pos + S->index, heads = share_of(my_group()).heads;
+    const int pos = S->args.pos + S->index, heads = my_heads();
     u32 chunk = my_chunk();
-    if (!heads)
-        return;
     Attention_constants constants;
     constants.load(pos, S->args.vec + vec);
 t_if(PLAN_CLUSTER > 1, {|    await_landing(QKV_HERE, heads * (RATIO + 2) * E * 4, layer, AT_QKV);|}, {|    await_blocks<GROUP_QKV>(&S->qkv[0][0][0], qkv_hop(), heads * Qkv::GROUPED, layer_tag(layer), AT_QKV);
@@ -347,7 +338,7 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(QKV_HERE, heads * (RATIO + 2) * E * 4
     if (!my_tiles(pos))
         return;
     attn_rows(pos, constants);t_lap(ROWS)
-    const bool has_now = pos / KV_TILE % GROUP == my_rank();
+    const bool has_now = has_tile(pos);
     #pragma unroll 1
     for (int head = 0; head < heads; head++) {
         consumer_barrier(); // queries and this position's row are there; what the warps left has been sent
@@ -362,10 +353,60 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(QKV_HERE, heads * (RATIO + 2) * E * 4
     take_chunks(chunk);
 }
 
-// y = the sums of all ranks that have positions, merged and divided.
+t_if(PLAN_TEAM > 1, {|// Of pair PAIR of a head's outputs, what a group has found, OUT, whose exponents have the sum 2^MASS, goes to the group
+// that has the head: each rank sends some.
+constexpr int TEAM_WORDS = RATIO * E / 2; // of a helper
+static __device__ __forceinline__ Word *team_hop(int member)
+{
+    return S->args.exchange + HOP_TEAM + (head_group() * (TEAM - 1) + member - 1) * TEAM_WORDS;
+}
+
+// OUT and MASS, of pair PAIR, with what the helpers have found.
+static __device__ __forceinline__ void add_helpers(float (&out)[2], float mass, int pair, u32 tag)
+{
+    Word w[TEAM - 1];
+    Watch watch;
+    for (bool all = false; !all;) {
+        u32 wrong = 0, seen = tag;
+        #pragma unroll
+        for (int i = 0; i < TEAM - 1; i++)
+            w[i] = load_word(team_hop(i + 1) + pair);
+        #pragma unroll
+        for (int i = 0; i < TEAM - 1; i++) {
+            seen = w[i].tag != tag ? w[i].tag : seen;
+            wrong |= w[i].tag ^ tag;
+        }
+        all = wrong == 0;
+        if (!all)
+            watch.poll(S->args.fault, AT_TEAM, tag, seen);
+    }
+    float best = mass;
+    #pragma unroll
+    for (int i = 0; i < TEAM - 1; i++)
+        best = fmaxf(best, word_value(w[i], 2));
+    float sum = exp2_approx(mass - best);
+    out[0] *= sum;
+    out[1] *= sum;
+    #pragma unroll
+    for (int i = 0; i < TEAM - 1; i++) {
+        const float scale = exp2_approx(word_value(w[i], 2) - best);
+        sum += scale;
+        out[0] += word_value(w[i], 0) * scale;
+        out[1] += word_value(w[i], 1) * scale;
+    }
+    out[0] = __fdividef(out[0], sum);
+    out[1] = __fdividef(out[1], sum);
+}
+
+|})m4_dnl
+// y = the sums of all ranks that have positions, merged and divided; far on, of all in the team, whose helpers send
+// theirs instead.
+t_if(PLAN_TEAM > 1, {|template <bool FAR_ON>
+|})m4_dnl
 static __device__ __forceinline__ void attn_merge(int layer)
 {
-    const int heads = share_of(my_group()).heads, ranks = min(GROUP, (S->args.pos + S->index) / KV_TILE + 1);
+    const int near = min(GROUP, (S->args.pos + S->index) / KV_TILE + 1); // ranks that have tiles
+t_if(PLAN_TEAM > 1, {|    const int heads = FAR_ON ? 1 : share_of(my_group()).heads, ranks = FAR_ON ? GROUP : near;|}, {|    const int heads = my_heads(), ranks = near;|})
 t_if(PLAN_CLUSTER > 1, {|    await_landing(PART_HERE, ranks * heads * RATIO * (E + 4) * 4, layer, AT_PART);t_lap(PART_HOP)
     #pragma unroll 1
     for (int i = threadIdx.x; i < heads * RATIO * (E / 2); i += THREADS) {
@@ -386,7 +427,20 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(PART_HERE, ranks * heads * RATIO * (E
                 out[0] += values[rank].x * scale;
                 out[1] += values[rank].y * scale;
             }
-        *(u32 *)(S->y + query * E + e) = pack(__fdividef(out[0], sum), __fdividef(out[1], sum));
+        out[0] = __fdividef(out[0], sum);
+        out[1] = __fdividef(out[1], sum);
+t_if(PLAN_TEAM > 1, {|        if (FAR_ON) {
+            const float mass = best + log2_approx(sum);
+            if (my_group() >= K) { // a helper
+                if (i % GROUP == my_rank())
+                    store_word(team_hop(my_group() / K) + i, __float_as_uint(out[0]), __float_as_uint(out[1]),
+                               __float_as_uint(mass), layer_tag(layer));
+                continue;
+            }
+            add_helpers(out, mass, i, layer_tag(layer));
+        }
+|})m4_dnl
+        *(u32 *)(S->y + query * E + e) = pack(out[0], out[1]);
     }|}, {|    const u32 tag = layer_tag(layer);
     hold(1);
     #pragma unroll 1
@@ -416,5 +470,15 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(PART_HERE, ranks * heads * RATIO * (E
     }
     hold(0);|})
     consumer_barrier();t_lap(MERGE)
+}
+
+// LAYER_CACHE and VEC: where the layer's cache and vectors begin.
+static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
+{
+    if (my_heads())
+        attn_tiles(layer, layer_cache, vec);
+t_if(PLAN_TEAM > 1, {|    if (my_heads() && is_far()) // here are registers for it; who reads weights ahead has few
+        attn_merge<true>(layer);
+|})m4_dnl
 }
 

@@ -62,12 +62,16 @@ static __device__ __forceinline__ void feed(int n, u32 most, Make piece)
     sync_producer();
 }
 
-static __device__ __forceinline__ const unsigned char *my_stream() { return S->args.stream + blockIdx.x * CTA_BYTES; }
-
-// LAYER of this CTA's stream.
-static __device__ __forceinline__ const unsigned char *my_layer(const Share &mine, int layer)
+// The stream of this CTA's rank in GROUP.
+static __device__ __forceinline__ const unsigned char *stream_of(int group)
 {
-    return my_stream() + LAYERS_OFFSET + (u64)layer * mine.layer;
+    return S->args.stream + (u64)(group * GROUP + my_rank()) * CTA_BYTES;
+}
+
+// LAYER of it.
+static __device__ __forceinline__ const unsigned char *layer_of(int group, int layer)
+{
+    return stream_of(group) + LAYERS_OFFSET + (u64)layer * share_of(group).layer;
 }
 
 // Bring BLOCKS blocks, whose rows are all columns of x; of several chunks each, two blocks side by side.
@@ -96,17 +100,18 @@ static __device__ __noinline__ void feed_columns(const unsigned char *src, int u
     }
 }
 
-// My tiles of the cache of each of the group's heads.  The rows before this token are there: a whole
+// My tiles of the cache of each of the group's heads; as many at once as there are stages where the cache is long, and
+// all else waits for it.  The rows before this token are there: a whole
 // token's chunks, more than the ring has, went through it since the last one was written.
 static __device__ __noinline__ void feed_kv(int layer)
 {
-    const Share mine = share_of(my_group());
+    const Share mine = share_of(head_group());
     const int tiles = my_tiles(S->args.pos + S->fed);
     #pragma unroll 1
     for (int head = 0; head < mine.heads; head++) {
-        const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_rank() * KV_TILE_ELEMS;
-        feed(tiles, INFLIGHT_HEADS, [&](int tile) -> Piece {
-            return {(const unsigned char *)(cache + (u64)tile * (GROUP * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
+        const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_place() * KV_TILE_ELEMS;
+        feed(tiles, tiles > STAGES ? STAGES : INFLIGHT_HEADS, [&](int tile) -> Piece {
+            return {(const unsigned char *)(cache + (u64)tile * (dealt_to() * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
         });
     }
 }
@@ -114,8 +119,8 @@ static __device__ __noinline__ void feed_kv(int layer)
 static __device__ __noinline__ void feed_layer(int layer)
 {
     const Share mine = share_of(my_group());
-    const unsigned char *src = my_layer(mine, layer);
-    feed_rows(src, Qkv::mine(), INFLIGHT_HEADS);
+    const unsigned char *src = layer_of(my_group(), layer);
+    feed_rows(layer_of(head_group(), layer), Qkv::mine(my_heads()), INFLIGHT_HEADS);
     feed_kv(layer);
     feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS, INFLIGHT_HEADS);
     feed_rows(src + mine.mlp, Mlp::mine(), INFLIGHT);
@@ -136,7 +141,7 @@ static __device__ __forceinline__ void produce()
         for (int layer = 0; layer < L; layer++)
             feed_layer(layer);
         look_for_cancel();
-        feed_rows(my_stream(), Head::mine(), INFLIGHT);
+        feed_rows(stream_of(my_group()), Head::mine(), INFLIGHT);
         sync_producer();
         if (threadIdx.x % 32 == 0)
             S->fed++;

@@ -82,7 +82,7 @@ enum { QKV_ROWS, MLP_ROWS, HEAD_ROWS };
 static __device__ __noinline__ Best rows(int what, int layer, int bias)
 {
     const int which = what != MLP_ROWS; // x
-    const int blocks = what == QKV_ROWS ? Qkv::mine() : what == MLP_ROWS ? Mlp::mine() : Head::mine();
+    const int blocks = what == QKV_ROWS ? Qkv::mine(my_heads()) : what == MLP_ROWS ? Mlp::mine() : Head::mine();
     Best best = {-infinity(), V, 0};
     bool is_ready = which && !layer; // the embedding's
     const auto await = [&] {
@@ -142,7 +142,7 @@ static __device__ __forceinline__ void await_columns(int which, int layer, int u
     if (which)
         await_product(layer, units);
     else
-        attn_merge(layer);
+        attn_merge{||}t_if(PLAN_TEAM > 1, {|<false>|})(layer);
 }
 
 // Multiply my rows of O (WHICH 0) or DOWN (1) by what this group has of their columns, and send the sums.  The first
@@ -158,7 +158,7 @@ static __device__ __noinline__ void columns(int which, int layer)
     const int units = which ? mine.units : mine.heads * O::HEAD_UNITS;
     const half *x = which ? S->act : S->y;
     const u32 tag = layer_tag(layer);
-    bool is_ready = false;
+    bool is_ready = t_if(PLAN_TEAM > 1, {|!which && is_far()|}, false);
     u32 chunk = my_chunk();
     Set set = {0, 0};
     if (!units)

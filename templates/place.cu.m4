@@ -114,11 +114,8 @@ static __device__ __forceinline__ Block_place column_place(int block)
 // q, k and v rows, of all heads in turn.
 struct Qkv : Phase<PLAN_QKV> {
     static constexpr int HEAD = E / 8, GROUPED = (RATIO + 2) * HEAD; // blocks of a head; with its key and value
-    // Blocks of this CTA, in its order.
-    static __device__ __forceinline__ int mine()
-    {
-        return (share_of(my_group()).heads * GROUPED - my_rank() + GROUP - 1) / GROUP;
-    }
+    // Blocks of this CTA, in its order, of HEADS heads.
+    static __device__ __forceinline__ int mine(int heads) { return (heads * GROUPED - my_rank() + GROUP - 1) / GROUP; }
     // Where block LOCAL of a group whose first head is HEAD0 stands among all blocks.
     static __device__ __forceinline__ int block(int head0, int local)
     {

@@ -75,6 +75,8 @@ constexpr int HOP_PART = PLAN_HOP_PART; // attention of one CTA's positions, its
 constexpr int HOP_MLP = PLAN_HOP_MLP;
 constexpr int HOP_X = PLAN_HOP_X; // x, behind O and behind DOWN
 |})m4_dnl
+t_if(PLAN_TEAM > 1, {|constexpr int HOP_TEAM = PLAN_HOP_TEAM; // attention of a helper's positions
+|})m4_dnl
 constexpr int HOP_O = PLAN_HOP_O; // partial sums, for the same rank in all groups
 constexpr int HOP_DOWN = PLAN_HOP_DOWN;
 constexpr int HOP_BEST = PLAN_HOP_BEST; // a candidate of each CTA
@@ -108,7 +110,7 @@ ABI_PACK_ARGS_CHECKS
 enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN, FAULT_CLAIM };
 
 // Stages, for the watchdog's report.
-enum { AT_RING = 1, AT_QKV, AT_PART, AT_O, AT_MLP, AT_DOWN, AT_X, AT_BEST, AT_COUNT, AT_GRID };
+enum { AT_RING = 1, AT_QKV, AT_PART, AT_O, AT_MLP, AT_DOWN, AT_X, AT_BEST, AT_COUNT, AT_GRID, AT_TEAM };
 t_if(PLAN_TIMING, {|
 // Stages, for args.laps.
 enum { ABI_LAPS{||}LAPS };

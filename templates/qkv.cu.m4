@@ -7,7 +7,7 @@ t_if(MODEL_QKV_BIAS, {|// What is added to the row that this thread finishes, of
 // at args.vec[BIAS].
 static __device__ __forceinline__ float qkv_bias(int bias, int first, int n)
 {
-    const int block = Qkv::block(share_of(my_group()).head0, qkv_place(first + threadIdx.x / 8));
+    const int block = Qkv::block(share_of(head_group()).head0, qkv_place(first + threadIdx.x / 8));
     return threadIdx.x < n * 8 ? S->args.vec[bias + block * 8 + threadIdx.x % 8] : 0.0f;
 }
 

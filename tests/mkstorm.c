@@ -22,7 +22,7 @@
 #include "tests/check.h"
 #include "tests/faults.h"
 
-enum { CONTEXT = 80, MOST_PROMPT = 63, STEPS = 4, SAMPLED = 2, MOST_V = 256, MOST_SETTINGS = 8 };
+enum { CONTEXT = 96, MOST_PROMPT = 79, STEPS = 4, SAMPLED = 2, MOST_V = 256, MOST_SETTINGS = 8 };
 enum { POISON = 0x7fff }; /* of rows: NaN in bf16 and in fp16 */
 
 /* ---- Worlds: a toy model, an architecture, settings, tokens of the prompt ----- */
@@ -55,6 +55,9 @@ static const struct world worlds[] = {
     /* Two clusters of 8; six groups, more than the five lanes that share a word of sums. */
     {"tiny-smol", "sm_90", "ctas=16 group=8 warps=4 unroll_layers=loop", 1},
     {"tiny-wide", "sm_80", "ctas=6 group=1 warps=4 unroll_layers=loop", 15},
+    /* Teams: of three groups, and launches that are near and then far; of two. */
+    {"tiny-qwen2", "sm_90", "ctas=6 group=2 warps=4 chunk_bytes=512 team_from=80 tokens_per_launch=2", 79},
+    {"tiny-llama", "sm_90", "ctas=4 group=2 warps=4 chunk_bytes=512 team_from=48 unroll_layers=loop", 63},
     /* As small as can be, for ThreadSanitizer. */
     {"tiny-llama", "sm_75", "ctas=1 warps=4 stages=4", 2},
 };

@@ -18,6 +18,7 @@ void mkhost_publish(void *p);
 void mkhost_changed(void *p);
 float expf(float);
 float exp2f(float);
+float log2f(float);
 float logf(float);
 float sqrtf(float);
 }

@@ -40,6 +40,7 @@ static inline half to_half(float x) { return mkhost_to_bf16(x); }|})
 static inline u32 pack(float lo, float hi) { return to_half(lo) | (u32)to_half(hi) << 16; }
 
 static inline float exp2_approx(float x) { return exp2f(x); }
+static inline float log2_approx(float x) { return log2f(x); }
 
 static inline Word load_word(const Word *p)
 {
