@@ -56,12 +56,13 @@ static __device__ __forceinline__ void gate_init_done()
     t_if(PLAN_FAMILY >= 90, {|fence_async_proxy();|}, {|__threadfence_block();|})
 }
 
-static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return mbarrier_test_wait(full, use & 1); }
+m4_define({|t_wait|}, {|t_if(PLAN_FAMILY >= 90, {|mbarrier_try_wait|}, {|mbarrier_test_wait|})|})m4_dnl
+static __device__ __forceinline__ bool gate_landed(Gate *full, u32 use) { return t_wait{||}(full, use & 1); }
 
 // All warps have released use - 1.
 static __device__ __forceinline__ bool gate_free(Gate *free, u32 use)
 {
-    return use == 0 || mbarrier_test_wait(free, (use - 1) & 1);
+    return use == 0 || t_wait{||}(free, (use - 1) & 1);
 }
 
 static __device__ __forceinline__ void gate_release(Gate *free) { mbarrier_arrive(free); }
