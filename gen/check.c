@@ -387,8 +387,7 @@ static int check_tokens(struct state s, int sampler, int far, int tokens, int la
 
 /* As many tokens and layers as matter: a buffer is sent into again two layers, or one token, later
    at most; and tags go on behind a token's last layer by the same number whatever L, and buffers
-   with them, when L stays odd or even.  All samplers have the same layers, and near launches the samplers of far
-   ones. */
+   with them, when L stays odd or even.  All samplers have the same layers. */
 int gen_graph_check(const struct gen_plan *p, const struct gen_graph *graph, struct mk_err *err)
 {
     const int L = p->model.L;
@@ -396,10 +395,11 @@ int gen_graph_check(const struct gen_plan *p, const struct gen_graph *graph, str
     int rc = 0;
 
     choose_actors(&s);
-    for (int far = p->team > 1; far >= 0 && rc == 0; far--)
+    for (int far = 0; far <= (p->team > 1) && rc == 0; far++) {
         rc = check_tokens(s, samplers[0], far, L < 3 ? 3 : 2, L < 5 ? L : 4 - L % 2);
-    for (size_t i = 1; i < sizeof samplers / sizeof *samplers && rc == 0; i++)
-        rc = check_tokens(s, samplers[i], p->team > 1, 2, 2 - L % 2);
+        for (size_t i = 1; i < sizeof samplers / sizeof *samplers && rc == 0; i++)
+            rc = check_tokens(s, samplers[i], far, 2, 2 - L % 2);
+    }
     return rc;
 }
 
@@ -546,12 +546,13 @@ static int check_stream(const struct gen_plan *p, const struct gen_class *c, str
     return 0;
 }
 
-/* Chunks of a token's weights that CTA has, the last one of class C: the fewest of the class. */
-static int64_t fewest_chunks(const struct gen_plan *p, const struct gen_class *c, int cta)
+/* Chunks of a token's weights that CTA reads when it attends to HEADS heads, the last one of class C: the fewest of
+   the class. */
+static int64_t fewest_chunks(const struct gen_plan *p, const struct gen_class *c, int heads, int cta)
 {
     const struct gen_model *m = &p->model;
     const struct gen_phase *f = p->phase;
-    const int64_t rows = c->heads * head_blocks(m) / p->group * f[GEN_QKV].spans +
+    const int64_t rows = heads * head_blocks(m) / p->group * f[GEN_QKV].spans +
                          4 * c->units / p->group * 2 * f[GEN_MLP].spans;
     const int64_t columns = ceil_div(c->heads * head_units(m), f[GEN_O].span_units) +
                             ceil_div(c->units, f[GEN_DOWN].span_units);
@@ -570,8 +571,9 @@ static int check_cache(const struct gen_plan *p, struct mk_err *err)
 
     for (const struct gen_class *c = p->cls; c < p->cls + p->n_classes; c++) {
         const int cta = (c->first + c->groups) * p->group - 1;
-        const int64_t chunks = fewest_chunks(p, c, cta);
-        NEED((!c->heads && c->first >= m->K * p->team) || p->stages <= chunks,
+        const int heads = c->heads ? c->heads : c->first < m->K * p->team;
+        const int64_t chunks = fewest_chunks(p, c, heads, cta);
+        NEED(!heads || p->stages <= chunks,
              "the ring has %d stages, and CTA %d only %lld chunks of a token: a tile of the KV "
              "cache could be copied before its last row is written",
              p->stages, cta, (long long) chunks);

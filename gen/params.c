@@ -269,6 +269,8 @@ char *gen_plan_summary(const struct gen_plan *p)
 
 static void dump_choices(FILE *f, const struct gen_plan *p)
 {
+    static const char *const unroll[] = {"list", "loop", "inline"};
+
     fprintf(f, "[choices]\n");
     fprintf(f, "ctas = %d\ngroup = %d\ncluster = %s\nbalance = %d\nwarps = %d\n", p->ctas, p->group,
             p->cluster ? "cluster" : "l2", p->balance, p->warps);
@@ -280,7 +282,7 @@ static void dump_choices(FILE *f, const struct gen_plan *p)
     fprintf(f, "gemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n", p->gemm_m, p->gemm_n,
             p->gemm_k, p->gemm_stages);
     fprintf(f, "flash_m = %d\nflash_n = %d\nunroll_layers = %s\ndtype = %s\nfault = %s\n",
-            p->flash_m, p->flash_n, p->unroll_layers ? "loop" : "list",
+            p->flash_m, p->flash_n, unroll[p->unroll_layers],
             p->dtype == GEN_FP16 ? "fp16" : "bf16", p->fault ? "hang" : "none");
     fprintf(f, "epoch0 = %u\ntiming = %s\n", p->epoch0, p->timing ? "on" : "off");
 }

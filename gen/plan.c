@@ -10,7 +10,8 @@
 #include "gen/keys.h"
 
 /* Measured on an H200: 64 KiB in flight per SM saturate its memory, and every further byte
-   is a queue that hops stand in. */
+   is a queue that hops stand in; and long blocks come fastest in chunks of 32 to 40 KiB. */
+enum { CHUNK = 16384, LONG_BLOCK = 40960 };
 enum { INFLIGHT_BYTES = 65536, INFLIGHT_HOP_BYTES = 32768 };
 /* A launch must not hold the GPU longer than this. */
 enum { LAUNCH_US = 100000 };
@@ -250,16 +251,25 @@ static int dealt(int n, int step, int ctas, int nth)
     return (n / step + ctas - 1 - nth) / ctas * step;
 }
 
-/* Chunks of a layer's weights that rank RANK of GROUP reads. */
+/* KV heads to which a group attends at some time: its own, or as a helper another's. */
+static int heads_attended(const struct gen_plan *p, int group)
+{
+    const int own = group_heads(p, group);
+
+    return own ? own : group < p->model.K * p->team;
+}
+
+/* Chunks of a layer's weights that rank RANK of GROUP reads, when it attends. */
 static int64_t layer_chunks(const struct gen_plan *p, int group, int rank)
 {
     const struct gen_model *m = &p->model;
     const struct gen_class *c = gen_plan_class(p, group);
     const struct gen_phase *f = p->phase;
+    const int qkv = heads_attended(p, group) * head_blocks(m);
     const int unit0 = c->unit0 + (group - c->first) * c->units;
     const int mlp = min_int(c->units * 8, f[GEN_MLP].blocks - unit0 * 8);
 
-    return (int64_t) dealt(c->heads * head_blocks(m), 1, p->group, rank) * f[GEN_QKV].spans +
+    return (int64_t) dealt(qkv, 1, p->group, rank) * f[GEN_QKV].spans +
            (int64_t) p->sets * ceil_div(c->heads * head_units(m), f[GEN_O].span_units) +
            (int64_t) dealt(max_int(0, mlp), 2, p->group, rank) * f[GEN_MLP].spans +
            (int64_t) p->sets * ceil_div(c->units, f[GEN_DOWN].span_units);
@@ -271,11 +281,11 @@ static int64_t token_chunks(const struct gen_plan *p, int most)
     const struct gen_phase *head = &p->phase[GEN_HEAD];
     int64_t best = -1;
 
-    for (int cta = 0; cta < p->ctas; cta++) { /* a helper's own weights are fewer than those it reads */
+    for (int cta = 0; cta < p->ctas; cta++) {
         const int group = cta / p->group;
         const int64_t n = p->model.L * layer_chunks(p, group, cta % p->group) +
                           (int64_t) dealt(head->blocks, 1, p->ctas, cta) * head->spans;
-        if ((most || group_heads(p, group) || group < p->model.K * p->team) && (best < 0 || (most ? n > best : n < best)))
+        if ((most || heads_attended(p, group)) && (best < 0 || (most ? n > best : n < best)))
             best = n;
     }
     return best;
@@ -482,16 +492,36 @@ static int least_chunk(const struct gen_plan *p)
     return max_int(64 * p->model.E, ceil_div(rank_pairs, ceil_div(rank_pairs, p->warps)) * 1024);
 }
 
+/* A block in equal parts. */
+static int long_chunk(const struct gen_plan *p)
+{
+    const int units = ceil_div(p->model.D, 32), block = units * 512;
+
+    return block < LONG_BLOCK ? CHUNK : ceil_div(units, ceil_div(block, LONG_BLOCK)) * 512;
+}
+
+/* As few as need no more turns than MOST, of a block's units and of a rank's pairs: they meet the sooner. */
+static int choose_warps(const struct gen_plan *p, int most)
+{
+    const int units = ceil_div(p->model.D, 32);
+    int warps = most;
+
+    while (warps > 4 && ceil_div(units, warps - 1) == ceil_div(units, most) &&
+           ceil_div(p->rank_pairs, warps - 1) == ceil_div(p->rank_pairs, most))
+        warps--;
+    return warps;
+}
+
 static void choose_decode(struct gen_plan *p, unsigned long set)
 {
     const int smem = p->gpu.smem_block;
 
     if (!gen_keys_has(set, AT(warps)))
-        p->warps = 8;
+        p->warps = choose_warps(p, 8);
     if (!gen_keys_has(set, AT(chunk_bytes)))
-        p->chunk_bytes = max_int(least_chunk(p), smem >= 160000  ? 16384
-                                                 : smem >= 90000 ? 8192
-                                                                 : 4096);
+        p->chunk_bytes = max_int(least_chunk(p), smem >= 160000  ? long_chunk(p)
+                                                 : smem >= 90000 ? CHUNK / 2
+                                                                 : CHUNK / 4);
     if (!gen_keys_has(set, AT(round_blocks)))
         p->round_blocks = 10;
     if (!gen_keys_has(set, AT(dtype)))
@@ -527,16 +557,16 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
 {
     while (plan_sizes(p), stages_that_fit(p) < FEW_STAGES && shrink_decode(p, set))
         ;
-    if (!gen_keys_has(set, AT(stages))) {
-        const int chunks = (int) min_int64(16, token_chunks(p, 0)); /* see check_ring */
-        p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
-    }
     if (!gen_keys_has(set, AT(team_from))) /* twice a tile for each CTA: before, a hop more costs as much as it gains */
         p->team_from = p->team > 1 ? 2 * p->team * p->group * p->kv_tile : 0;
     if (p->team_from == 0 || p->team_from >= p->context)
         p->team = 1, plan_hops(p);
+    if (!gen_keys_has(set, AT(stages))) {
+        const int chunks = (int) min_int64(16, token_chunks(p, 0)); /* see check_ring */
+        p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
+    }
     if (!gen_keys_has(set, AT(inflight)))
-        p->inflight = max_int(1, min_int(p->stages, INFLIGHT_BYTES / p->stage_bytes));
+        p->inflight = max_int(1, min_int(p->stages, (INFLIGHT_BYTES + p->stage_bytes / 2) / p->stage_bytes));
     if (!gen_keys_has(set, AT(inflight_heads))) { /* few groups have as many in flight as otherwise all */
         const int heads = min_int(p->groups, p->model.K), few = heads * 2 < p->groups;
         p->inflight_heads = few ? min_int(p->stages, p->inflight * p->groups / heads) : p->inflight;

@@ -60,7 +60,7 @@ struct gen_plan {
     int inflight_heads;     /* the same of what only groups with KV heads read */
     int inflight_hop;       /* the same while a hop is awaited */
     int team_from;          /* first position of launches in which groups without KV heads help; 0: never */
-    int unroll_layers;      /* 0: list of calls, 1: loop */
+    int unroll_layers;      /* 0: list of calls, 1: loop, 2: all inline */
     int tokens_per_launch;  /* K */
     int round_blocks;       /* blocks of a phase between two barriers */
     int prefill_tokens;     /* tokens of one prefill launch at most */

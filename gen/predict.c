@@ -54,7 +54,7 @@ struct rates {
                    takes 13,700 longer than in SmolLM2-135M.
    cta_bytes       fitted: position 32600 of 0.6B, whose KV tiles 64 CTAs read at 30 or more.
    smem_bytes      what shared memory gives; NOTEBOOK.md: 490 cycles for 64 KiB.
-   latency_ns      fitted: inflight=2, inflight_hop=1 of 0.6B and 3, 1 of Llama-3.2-1B.  Of a chunk
+   latency_ns      fitted: inflight=2, inflight_hop=1 of 0.6B and 3, 1 of Llama-3.2-1B, an earlier kernel.  Of a chunk
                    of 16 KiB under load, with its own transfer and until it is told of.  Twice as many
                    chunks as inflight in groups with heads (inflight_heads) gave -1.3 to 1.6 %: left out.
    hop_cluster_ns  a stopwatch kernel: 290 to 320 at any load, groups of 8 and 16.
@@ -140,9 +140,10 @@ struct lane {
 struct sim {
     const struct gen_plan *p;
     struct rates r;
-    int pos, half;
+    int pos, far, half;        /* far: helpers help */
     double chunk, ring;        /* bytes that a chunk and the ring hold */
     double rate[2][GEN_KINDS]; /* in each half: bytes a cycle that a CTA's producer brings */
+    double kv_rate;            /* the same of the cache, of which as much is in flight as the ring holds */
     struct lane lane[LANES];
     int n;
 };
@@ -188,6 +189,19 @@ static void spend_at(const struct sim *s, struct lane *lane, int stage, double w
     lane->waited[stage] += late;
 }
 
+/* The same of BYTES of the cache, which come at a rate of their own; what is brought behind them does not. */
+static void spend_kv(const struct sim *s, struct lane *lane, int stage, double work_cycles, double bytes)
+{
+    const double missing = max_of(0, bytes - lane->ahead), coming = missing / s->kv_rate;
+    const double late = max_of(0, coming - work_cycles), all = work_cycles + late;
+    const double behind = s->rate[s->half][lane->kind] * (all - coming);
+
+    lane->ahead = min_of(s->ring, lane->ahead + missing - bytes + behind);
+    lane->now += all;
+    lane->cycles[stage] += all;
+    lane->waited[stage] += late;
+}
+
 static void spend(const struct sim *s, struct lane *lane, int stage, double work_cycles,
                   double bytes)
 {
@@ -196,14 +210,21 @@ static void spend(const struct sim *s, struct lane *lane, int stage, double work
 
 /* ---- Hops ------------------------------------------------------------------ */
 
-/* Who: lanes with KV heads, with units of the MLP, all. */
-enum who { HEADS, UNITS, ALL };
+/* Who: lanes with KV heads, those that help them, both, lanes with units of the MLP, all. */
+enum who { HEADS, HELPERS, ATTEND, UNITS, ALL };
 /* Whom a lane waits for, among those that send: its group, its rank in all groups, everybody. */
 enum whom { GROUP, RANK, GRID };
 
-static int is_one(const struct lane *lane, enum who who)
+/* A class that begins with helpers counts as a whole. */
+static int is_one(const struct sim *s, const struct lane *lane, enum who who)
 {
-    return who == ALL || (who == HEADS ? lane->cls->heads : lane->cls->units) > 0;
+    const int heads = lane->cls->heads > 0;
+    const int helps = s->far && !heads && lane->cls->first < s->p->model.K * s->p->team;
+
+    return who == HEADS     ? heads
+           : who == HELPERS ? helps
+           : who == ATTEND  ? heads || helps
+                            : who == ALL || lane->cls->units > 0;
 }
 
 static int hears(const struct lane *to, const struct lane *from, enum whom whom)
@@ -244,7 +265,7 @@ static double latest(const struct sim *s, enum who send)
     double last = 0;
 
     for (int i = 0; i < s->n; i++)
-        if (is_one(&s->lane[i], send))
+        if (is_one(s, &s->lane[i], send))
             last = max_of(last, s->lane[i].now);
     return last;
 }
@@ -261,12 +282,12 @@ static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum wh
     for (int i = 0; i < s->n; i++) {
         last[i] = s->lane[i].now;
         for (int j = 0; j < s->n; j++)
-            if (is_one(&s->lane[j], send) && hears(&s->lane[i], &s->lane[j], whom))
+            if (is_one(s, &s->lane[j], send) && hears(&s->lane[i], &s->lane[j], whom))
                 last[i] = max_of(last[i], s->lane[j].now);
     }
     for (int i = 0; i < s->n; i++) {
         struct lane *lane = &s->lane[i];
-        if (is_one(lane, take))
+        if (is_one(s, lane, take))
             spend_at(s, lane, stage, last[i] - lane->now + latency, 0,
                      on_chip ? s->rate[s->half][lane->kind] : held_rate(s, lane));
     }
@@ -294,18 +315,27 @@ static void columns(const struct sim *s, struct lane *lane, int stage, int units
               bytes);
 }
 
+/* KV heads to which LANE attends: its own, or as a helper another's. */
+static int heads_of(const struct sim *s, const struct lane *lane)
+{
+    return is_one(s, lane, HELPERS) ? 1 : lane->cls->heads;
+}
+
 static void qkv(const struct sim *s, struct lane *lane)
 {
     const struct gen_model *m = &s->p->model;
-    const int blocks = lane->cls->heads * (m->H / m->K + 2) * m->E / 8;
+    const int blocks = heads_of(s, lane) * (m->H / m->K + 2) * m->E / 8;
 
     rows(s, lane, MK_LAP_QKV, dealt(blocks, 1, s->p->group, lane->rank));
 }
 
-/* Of the first POSITIONS, the rank's tiles of a head, as attn.cu.m4 deals them. */
-static int tiles_of(const struct sim *s, int rank, int positions)
+/* Of the first POSITIONS, LANE's tiles of a head, as they are dealt in team.cu.m4. */
+static int tiles_of(const struct sim *s, const struct lane *lane, int positions)
 {
-    return ceil_div(ceil_div(positions, s->p->kv_tile) - rank, s->p->group);
+    const int member = s->far ? lane->cls->first / s->p->model.K : 0, group = s->p->group;
+
+    return ceil_div(ceil_div(positions, s->p->kv_tile) - member * group - lane->rank,
+                    group * (s->far ? s->p->team : 1));
 }
 
 /* Norm and rotate; attend to the tiles of each head, as many at once as warps can share; merge the
@@ -314,9 +344,9 @@ static int tiles_of(const struct sim *s, int rank, int positions)
 static void attention(const struct sim *s, struct lane *lane)
 {
     const struct gen_plan *p = s->p;
-    const int heads = lane->cls->heads, ratio = p->model.H / p->model.K;
-    const int tiles = tiles_of(s, lane->rank, s->pos + 1);
-    const int cached = (int) max_of(0, tiles_of(s, lane->rank, s->pos));
+    const int heads = heads_of(s, lane), ratio = p->model.H / p->model.K;
+    const int tiles = tiles_of(s, lane, s->pos + 1);
+    const int cached = (int) max_of(0, tiles_of(s, lane, s->pos));
     const int parts = p->kv_tile / 16, at_once = p->warps / parts ? p->warps / parts : 1;
     const int turns = ceil_div(cached, at_once),
               row_turns = ceil_div(heads * (ratio + 2), p->warps);
@@ -330,20 +360,24 @@ static void attention(const struct sim *s, struct lane *lane)
         return;
     spend(s, lane, MK_LAP_ROWS, row_turns * (row->fixed + row->each * p->model.qk_norm), 0);
     for (int i = 0; i < heads; i++) {
-        spend(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * values, bytes);
+        spend_kv(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * values, bytes);
         spend(s, lane, MK_LAP_PART, part->fixed + part->each * warps, 0);
     }
 }
 
-/* Merge what the ranks have sent, and multiply by O. */
-static void merge_and_o(const struct sim *s, struct lane *lane)
+/* Merge what the ranks have sent. */
+static void merge(const struct sim *s, struct lane *lane)
 {
-    const struct gen_model *m = &s->p->model;
     const int ranks = (int) min_of(s->p->group, s->pos / s->p->kv_tile + 1);
 
-    if (!lane->cls->heads)
-        return;
-    spend(s, lane, MK_LAP_MERGE, work[MK_LAP_MERGE].fixed + work[MK_LAP_MERGE].each * ranks, 0);
+    if (is_one(s, lane, ATTEND))
+        spend(s, lane, MK_LAP_MERGE, work[MK_LAP_MERGE].fixed + work[MK_LAP_MERGE].each * ranks, 0);
+}
+
+static void o(const struct sim *s, struct lane *lane)
+{
+    const struct gen_model *m = &s->p->model;
+
     columns(s, lane, MK_LAP_O, lane->cls->heads * (m->H / m->K) * m->E / 32);
 }
 
@@ -381,10 +415,13 @@ static void layer(struct sim *s)
 {
     s->half = ATTENTION;
     each_lane(s, qkv);
-    hop(s, MK_LAP_QKV_HOP, GROUP, HEADS, HEADS);
+    hop(s, MK_LAP_QKV_HOP, GROUP, ATTEND, ATTEND);
     each_lane(s, attention);
-    hop(s, MK_LAP_PART_HOP, GROUP, HEADS, HEADS);
-    each_lane(s, merge_and_o);
+    hop(s, MK_LAP_PART_HOP, GROUP, ATTEND, ATTEND);
+    each_lane(s, merge);
+    if (s->far)
+        hop(s, MK_LAP_MERGE, GRID, HELPERS, HEADS);
+    each_lane(s, o);
     hop(s, MK_LAP_O_SUMS, RANK, HEADS, ALL);
     s->half = MLP;
     hop(s, MK_LAP_O_X, GROUP, ALL, ALL);
@@ -412,24 +449,28 @@ static void token(struct sim *s)
 
 /* ---- A prediction ----------------------------------------------------------- */
 
-/* What a CTA's producer brings in a cycle: no more than one CTA takes in, than its chunks in flight
-   allow, and than its share of LEFT, the bytes a cycle that CTAS may read together. */
-static double cta_rate(const struct sim *s, double left, int ctas)
+/* What a CTA's producer brings in a cycle with INFLIGHT chunks in flight: no more than one CTA takes in, than
+   these allow, and than its share of LEFT, the bytes a cycle that CTAS may read together. */
+static double cta_rate(const struct sim *s, double left, int ctas, int inflight)
 {
-    return min_of(left / ctas, min_of(s->r.cta_bytes, flying_rate(s, s->p->inflight)));
+    return min_of(left / ctas, min_of(s->r.cta_bytes, flying_rate(s, inflight)));
 }
 
-/* In attention's half groups with heads come first, as the rings of the others are full soon. */
+/* In attention's half groups with heads come first, as the rings of the others are full soon; far on, those of
+   helpers read too. */
 static void set_rates(struct sim *s, const int ctas[GEN_KINDS])
 {
     const double gpu = gpu_bytes(&s->r);
-    const double all = cta_rate(s, gpu, s->p->ctas);
-    const double heads = cta_rate(s, gpu, ctas[GEN_WITH_HEADS]);
+    const int inflight = s->p->inflight, attend = s->far ? s->p->ctas : ctas[GEN_WITH_HEADS];
+    const double all = cta_rate(s, gpu, s->p->ctas, inflight);
+    const double heads = cta_rate(s, gpu, attend, inflight);
     const double left = max_of(0, gpu - heads * ctas[GEN_WITH_HEADS]);
+    const int others = s->far ? 0 : ctas[GEN_OTHERS];
 
+    s->kv_rate = cta_rate(s, gpu, attend, s->p->stages);
     s->rate[MLP][GEN_WITH_HEADS] = s->rate[MLP][GEN_OTHERS] = all;
     s->rate[ATTENTION][GEN_WITH_HEADS] = heads;
-    s->rate[ATTENTION][GEN_OTHERS] = ctas[GEN_OTHERS] ? cta_rate(s, left, ctas[GEN_OTHERS]) : all;
+    s->rate[ATTENTION][GEN_OTHERS] = others ? cta_rate(s, left, others, inflight) : all;
 }
 
 static void set_lanes(struct sim *s)
@@ -465,7 +506,7 @@ static void take_means(const struct sim *s, struct gen_prediction *out)
 
 void gen_predict(const struct gen_plan *p, int pos, struct gen_prediction *out)
 {
-    struct sim s = {.p = p, .pos = pos, .chunk = p->phase[GEN_HEAD].span_units * 512.0};
+    struct sim s = {.p = p, .pos = pos, .far = p->team > 1 && pos >= p->team_from, .chunk = p->phase[GEN_HEAD].span_units * 512.0};
 
     memset(out, 0, sizeof *out);
     s.ring = p->stages * s.chunk;

@@ -473,7 +473,7 @@ t_if(PLAN_TEAM > 1, {|        if (FAR_ON) {
 }
 
 // LAYER_CACHE and VEC: where the layer's cache and vectors begin.
-static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
+t_stage void attn(int layer, u64 layer_cache, int vec)
 {
     if (my_heads())
         attn_tiles(layer, layer_cache, vec);

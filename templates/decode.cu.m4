@@ -100,8 +100,8 @@ static __device__ __noinline__ void feed_columns(const unsigned char *src, int u
     }
 }
 
-// My tiles of the cache of each of the group's heads; as many at once as there are stages where the cache is long, and
-// all else waits for it.  The rows before this token are there: a whole
+// My tiles of the cache of each of the group's heads, as many at once as there are stages: all else waits for them, and
+// no hop through L2 is near.  The rows before this token are there: a whole
 // token's chunks, more than the ring has, went through it since the last one was written.
 static __device__ __noinline__ void feed_kv(int layer)
 {
@@ -110,7 +110,7 @@ static __device__ __noinline__ void feed_kv(int layer)
     #pragma unroll 1
     for (int head = 0; head < mine.heads; head++) {
         const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_place() * KV_TILE_ELEMS;
-        feed(tiles, tiles > STAGES ? STAGES : INFLIGHT_HEADS, [&](int tile) -> Piece {
+        feed(tiles, STAGES, [&](int tile) -> Piece {
             return {(const unsigned char *)(cache + (u64)tile * (dealt_to() * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
         });
     }
@@ -167,7 +167,7 @@ t_section({|Decode: one token|})
 // what the head multiplies.  Numbers: the layer, then offsets into args.vec and args.kv.
 static __device__ __forceinline__ void layers()
 {
-t_if(PLAN_UNROLL == 0, {|t_for({|LAYER|}, 0, MODEL_L - 1, {|
+t_if(PLAN_UNROLL != 1, {|t_for({|LAYER|}, 0, MODEL_L - 1, {|
     t_note({|layer t_2d(LAYER)|})
     rows(QKV_ROWS, LAYER, PLAN_VEC_AT(LAYER, BIAS));
     attn(LAYER, PLAN_KV_AT(LAYER), PLAN_VEC_AT(LAYER, START));

@@ -79,7 +79,7 @@ enum { QKV_ROWS, MLP_ROWS, HEAD_ROWS };
 
 // Multiply all my blocks of WHAT by x, in rounds, and send what they give.  BIAS: where it begins in args.vec.  Returns
 // this thread's best logit.
-static __device__ __noinline__ Best rows(int what, int layer, int bias)
+t_stage Best rows(int what, int layer, int bias)
 {
     const int which = what != MLP_ROWS; // x
     const int blocks = what == QKV_ROWS ? Qkv::mine(my_heads()) : what == MLP_ROWS ? Mlp::mine() : Head::mine();
@@ -147,7 +147,7 @@ static __device__ __forceinline__ void await_columns(int which, int layer, int u
 
 // Multiply my rows of O (WHICH 0) or DOWN (1) by what this group has of their columns, and send the sums.  The first
 // weights are read before x is awaited.
-static __device__ __noinline__ void columns(int which, int layer)
+t_stage void columns(int which, int layer)
 {
     constexpr bool EARLY = PLAN_CLUSTER > 1; // elsewhere registers are too few
     constexpr int SPAN = O::SPAN_UNITS > Down::SPAN_UNITS ? O::SPAN_UNITS : Down::SPAN_UNITS;

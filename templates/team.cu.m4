@@ -12,11 +12,13 @@ static __device__ __forceinline__ bool is_far() { return S->args.pos >= PLAN_TEA
 // The group to whose heads this group attends.
 static __device__ __forceinline__ int head_group() { return is_far() && my_group() < K * TEAM ? my_group() % K : my_group(); }
 
-// CTAs to which the tiles of a head are dealt, and where this one stands among them.
+// CTAs to which the tiles of a head are dealt, how often TILES go round, and where this one stands among them.
 static __device__ __forceinline__ int dealt_to() { return is_far() ? TEAM * GROUP : GROUP; }
+static __device__ __forceinline__ int turns(int tiles) { return is_far() ? tiles / (TEAM * GROUP) : tiles / GROUP; }
 static __device__ __forceinline__ int my_place() { return (is_far() ? my_group() / K * GROUP : 0) + my_rank(); }|}, {|// This plan has none: a head's positions are dealt to the ranks of the group that has it.
 static __device__ __forceinline__ int head_group() { return my_group(); }
 static __device__ __forceinline__ int dealt_to() { return GROUP; }
+static __device__ __forceinline__ int turns(int tiles) { return tiles / GROUP; }
 static __device__ __forceinline__ int my_place() { return my_rank(); }|})
 
 static __device__ __forceinline__ int my_heads() { return share_of(head_group()).heads; }
@@ -24,9 +26,12 @@ static __device__ __forceinline__ int my_heads() { return share_of(head_group())
 // The tiles that this CTA has of each of its heads, up to the one of position POS.
 static __device__ __forceinline__ int my_tiles(int pos)
 {
-    return (pos / KV_TILE - my_place() + dealt_to()) / dealt_to();
+    return turns(pos / KV_TILE - my_place() + dealt_to());
 }
 
 // Has this CTA the tile of position POS itself?
-static __device__ __forceinline__ bool has_tile(int pos) { return pos / KV_TILE % dealt_to() == my_place(); }
+static __device__ __forceinline__ bool has_tile(int pos)
+{
+    return pos / KV_TILE - turns(pos / KV_TILE) * dealt_to() == my_place();
+}
 

@@ -56,7 +56,7 @@ static const struct world worlds[] = {
     {"tiny-smol", "sm_90", "ctas=16 group=8 warps=4 unroll_layers=loop", 1},
     {"tiny-wide", "sm_80", "ctas=6 group=1 warps=4 unroll_layers=loop", 15},
     /* Teams: of three groups, and launches that are near and then far; of two. */
-    {"tiny-qwen2", "sm_90", "ctas=6 group=2 warps=4 chunk_bytes=512 team_from=80 tokens_per_launch=2", 79},
+    {"tiny-qwen2", "sm_90", "ctas=6 group=2 warps=4 chunk_bytes=512 team_from=80 tokens_per_launch=3", 79},
     {"tiny-llama", "sm_90", "ctas=4 group=2 warps=4 chunk_bytes=512 team_from=48 unroll_layers=loop", 63},
     /* As small as can be, for ThreadSanitizer. */
     {"tiny-llama", "sm_75", "ctas=1 warps=4 stages=4", 2},

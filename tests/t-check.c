@@ -135,7 +135,7 @@ static struct sim {
     struct gen_plan p;
     struct gen_graph graph;
     struct gen_stage stages[MOST_STAGES];
-    int n, ctas, kind[MOST_CTAS], rows[HOPS]; /* rows: ranks that have words, of GEN_SOME_RANKS */
+    int n, ctas, far, kind[MOST_CTAS], rows[HOPS]; /* rows: ranks that have words, of GEN_SOME_RANKS */
     struct {
         const struct gen_stage *stage;
         int tag;
@@ -156,6 +156,11 @@ static int random_below(int n)
     return (int) ((seed >> 33) % (unsigned) n);
 }
 
+static int max(int a, int b)
+{
+    return a > b ? a : b;
+}
+
 static int has_words(int hop, int cta)
 {
     return hop != GEN_NO_HOP &&
@@ -166,8 +171,9 @@ static int reaches(const struct gen_hop *h, int from, int to)
 {
     const int g = sim.p.group;
 
-    return h->reach == GEN_TO_ALL ||
-           (h->reach == GEN_TO_GROUP ? from / g == to / g : from % g == to % g);
+    return h->reach == GEN_TO_TEAM ? from / g % sim.p.model.K == to / g
+                                   : h->reach == GEN_TO_ALL ||
+                                         (h->reach == GEN_TO_GROUP ? from / g == to / g : from % g == to % g);
 }
 
 /* Does every word of HOP that CTA waits for have TAG?  A later one is lost. */
@@ -300,7 +306,8 @@ static void unroll(int sampler)
         for (int layer = 0; layer <= L; layer++)
             for (const struct gen_stage *g = sim.stages; g->name; g++)
                 for (int i = 0; i < g->times; i++)
-                    if (g->when & sampler && (g->tag == GEN_LAYER_TAG) == (layer < L) &&
+                    if (g->when & sampler && g->where & (sim.far ? GEN_FAR : GEN_NEAR) &&
+                        (g->tag == GEN_LAYER_TAG) == (layer < L) &&
                         sim.uses < MOST_USES) {
                         sim.use[sim.uses].stage = g;
                         sim.use[sim.uses++].tag = 1 + token * MK_TOKEN_TAGS(L) + layer +
@@ -308,7 +315,8 @@ static void unroll(int sampler)
                     }
 }
 
-/* One or two groups of each of some kinds; some group has heads, and some has units. */
+/* One or two groups of each of some kinds; some group has heads, and some has units.  Far or near, where others can
+   help those with heads. */
 static void random_plan(void)
 {
     static const int kinds_of[][3] = {{3}, {1, 2}, {3, 2}, {1, 3}, {1, 3, 2}};
@@ -327,6 +335,12 @@ static void random_plan(void)
             sim.kind[cta] = kind[i];
     }
     sim.ctas = p->groups * p->group;
+    for (int g = 0; g < p->groups; g++)
+        p->model.K += sim.kind[g * p->group] & GEN_HEADS;
+    p->team = random_below(3) ? max(1, p->groups / p->model.K) : 1;
+    sim.far = p->team > 1 && random_below(2);
+    for (int cta = p->model.K * p->group; cta < p->model.K * p->team * p->group; cta++)
+        sim.kind[cta] |= GEN_HELPS;
     for (int hop = 0; hop < HOPS; hop++)
         sim.rows[hop] = 1 + random_below(p->group);
 }
@@ -362,7 +376,7 @@ static void random_graph(int wrong)
             g->keep = 0;
             break;
         case 6:
-            g->who = 1 + random_below(3);
+            g->who = 1 + random_below(7);
             break;
         case 7:
             h->buffers ^= 3;
@@ -371,7 +385,7 @@ static void random_graph(int wrong)
             h->sure = GEN_EACH_RANK;
             break;
         case 9:
-            h->from = 1 + random_below(3);
+            h->from = 1 + random_below(7);
             break;
         }
     }
@@ -681,11 +695,11 @@ static void test_deadlocks(void)
     /* Tags. */
     WRONG(both, sends(GEN_HOP_COUNT)->times = 9,
           "plan: hop COUNT: count_digit sends with tag 11 behind count_digit with tag 11");
-    WRONG(both, stages[11].tag = 32, "plan: grid_best uses tag L+32 of a token, which has L+32");
-    WRONG(both, stages[11].tag = -2, "plan: grid_best uses tag L-2 of a token, which has L+32");
+    WRONG(both, stages[16].tag = 32, "plan: grid_best uses tag L+32 of a token, which has L+32");
+    WRONG(both, stages[16].tag = -2, "plan: grid_best uses tag L-2 of a token, which has L+32");
     WRONG(both, append(*sends(GEN_HOP_O)),
           "plan: hop O: columns(O) sends with tag 0 behind columns(O) with tag 0");
-    WRONG(both, stages[9].times = 99, "plan: count_digit uses tag L+99 of a token, which has L+32");
+    WRONG(both, stages[14].times = 99, "plan: count_digit uses tag L+99 of a token, which has L+32");
     /* What is sent must be awaited. */
     WRONG(both, sends(GEN_HOP_DOWN)->wait = GEN_NO_HOP, UNREAD("MLP", CTA(0, 0, 0), "rows(MLP)"));
     WRONG(both, sends(GEN_HOP_X_O)->then = GEN_NO_HOP, UNREAD("X[0]", CTA(0, 0, 0), "add_norm(O)"));
@@ -715,7 +729,7 @@ static void test_reuse(void)
                    "count_digit"));
     WRONG(both,
           append((struct gen_stage){"again", GEN_SAMPLE, GEN_ANY, 1, GEN_NO_HOP, GEN_HOP_BEST,
-                                    GEN_HOP_BEST, 0, 18, 1}),
+                                    GEN_HOP_BEST, 0, 18, 1, GEN_NEAR_FAR}),
           TOO_SOON("BEST", CTA(0, 0, 0), "tag L+18's", "again", CTA(1, 1, 0), "tag L+17's",
                    "grid_best"));
     /* Without a word of each warp, or of each rank. */
@@ -744,6 +758,28 @@ static void test_reuse(void)
     WRONG(either, sends(GEN_HOP_X_DOWN)->keep |= 1 << GEN_HOP_X_DOWN,
           TOO_SOON("X[1]", CTA(0, 0, 0), "layer l's", "add_norm(DOWN)", CTA(0, 0, 0), "layer l's",
                    "add_norm(DOWN)"));
+}
+
+/* Helpers: of a plan in which all groups have units, and of one in which those with heads have none. */
+static void test_team(void)
+{
+    struct gen_plan all, apart;
+
+    make("qwen2.5-0.5b", "h200", SET("group=2", "ctas=12"), &all);
+    make("qwen2.5-0.5b", "h200", SET("group=2", "ctas=12", "balance=1000"), &apart);
+    CHECK(all.team == 3 && all.cls[0].units && apart.team == 3 && !apart.cls[0].units);
+    RIGHT(all, (void) 0);
+    RIGHT(apart, (void) 0);
+    WRONG(all, sends(GEN_HOP_TEAM)->send = GEN_NO_HOP, WAITS("TEAM", CTA(0, 0, 0), "attn_merge", "nobody sends"));
+    WRONG(all, sends(GEN_HOP_TEAM)[1].then = GEN_NO_HOP, UNREAD("TEAM", CTA(0, 0, 0), "attn_merge"));
+    WRONG(all, sends(GEN_HOP_TEAM)->who = GEN_HEADS,
+          "plan: hop TEAM: nobody waits for what " CTA(0, 0, 0) " sends in attn_merge");
+    WRONG(all, sends(GEN_HOP_QKV)[1].who = GEN_HEADS, WAITS("QKV", CTA(4, 0, 2), "attn", "nobody sends"));
+    /* O tells that all warps have merged. */
+    WRONG(apart, sends(GEN_HOP_O)[1].meet = 0,
+          TOO_SOON("TEAM", CTA(4, 0, 2), "layer l+1's", "attn_merge", CTA(0, 0, 0), "layer l's", "attn_merge"));
+    SPOILED(all, p.hop_words[GEN_HOP_TEAM]--,
+            "plan: hop TEAM: its 12 CTAs send and await 896 words, and it has 895");
 }
 
 /* ---- Words in sentences ---------------------------------------------------------- */
@@ -839,6 +875,10 @@ static void test_describe(void)
     CHECK(!p.hop_words[GEN_HOP_QKV] && !p.hop_words[GEN_HOP_X]);
     describes(&p, -1, p.hop_offset[GEN_HOP_COUNT] - 1, "word 13847, between two hops");
     describes(&p, -1, 0, "hop O word 0 (buffer 0, values 0..2), sent by CTA 0 (rank 0 of group 0)");
+    make("qwen2.5-0.5b", "h200", SET("group=2", "ctas=12"), &p);
+    describes(&p, GEN_HOP_TEAM, 3 * 224 + 32 * 6 + 31,
+              "hop TEAM word 895 (head 13, dimensions 62 and 63), sent by CTA 11 (rank 1 of group 5)");
+    describes(&p, GEN_HOP_TEAM, 224, "hop TEAM word 224 (head 0, dimensions 0 and 1), sent by CTA 8 (rank 0 of group 4)");
 }
 
 int main(void)
@@ -853,6 +893,7 @@ int main(void)
     test_exchange();
     test_deadlocks();
     test_reuse();
+    test_team();
     test_describe();
     test_senders("h200", SET("cluster=l2"));
     test_senders("t4", SET("group=3"));

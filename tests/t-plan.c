@@ -900,6 +900,7 @@ static void test_round_trip(void)
                                       "flash_m=128",
                                       "flash_n=32",
                                       "unroll_layers=loop",
+                                      "team_from=0",
                                       "dtype=fp16",
                                       "fault=hang",
                                       "epoch0=2147000000",
@@ -1016,6 +1017,32 @@ static void refused(const char *model, const char *gpu, int context, const char 
     CHECK_STR(err.text, message);
 }
 
+/* Who helps whom, and from where on. */
+static void test_team(void)
+{
+    static struct gen_plan p;
+    struct gen_model m;
+    struct gen_gpu g;
+
+    get("qwen2.5-0.5b", "h200", &m, &g);
+    CHECKF(make(&m, &g, 32768, NULL, NULL, &p) == 0, "%s", err.text);
+    CHECK(p.team == 7 && p.team_from == 2 * 7 * 8 * p.kv_tile && p.hop_words[GEN_HOP_TEAM] == 2 * 6 * 7 * 32);
+    CHECK(make(&m, &g, 4096, NULL, NULL, &p) == 0 && p.team == 1 && !p.hop_words[GEN_HOP_TEAM]);
+    CHECK(make(&m, &g, 32768, NULL, SET("team_from=0"), &p) == 0 && p.team == 1);
+    CHECK(make(&m, &g, 32768, NULL, SET("team_from=32767"), &p) == 0 && p.team == 7);
+    CHECK(make(&m, &g, 32768, NULL, SET("team_from=32768"), &p) == 0 && p.team == 1);
+    CHECK(make(&m, &g, 32768, NULL, SET("cluster=l2"), &p) == 0 && p.team == 1 && p.team_from == 0);
+    CHECK(make(&m, &g, 4096, NULL, SET("team_from=3520"), &p) == 0 && p.team == 7);
+    refused("qwen2.5-0.5b", "h200", 4096, SET("team_from=3519"),
+            "plan: team_from is 3519; 56 CTAs that share tiles of 64 positions have one each from 3520 on");
+    refused("qwen2.5-0.5b", "h200", 4096, SET("team_from=3520", "cluster=l2"),
+            "plan: team_from is 3520; only groups that are clusters help, and only when there are twice as many as KV "
+            "heads: here 16 and 2");
+    refused("qwen3-0.6b", "h200", 4096, SET("team_from=1"),
+            "plan: team_from is 1; only groups that are clusters help, and only when there are twice as many as KV "
+            "heads: here 15 and 8");
+}
+
 static void test_settings(void)
 {
     refused("qwen3-0.6b", "h200", 0, SET("warps"), "--set: \"warps\" is not key=value");
@@ -1024,7 +1051,7 @@ static void test_settings(void)
     refused("qwen3-0.6b", "h200", 0, SET("x;y=3"),
             "--set: unknown plan key \"x;y\" (mkgen --list-keys)");
     refused("qwen3-0.6b", "h200", 0, SET("unroll_layers=lis"),
-            "--set: unroll_layers is \"lis\"; it must be one of list|loop");
+            "--set: unroll_layers is \"lis\"; it must be one of list|loop|inline");
     refused("qwen3-0.6b", "h200", 40961, NULL,
             "context is 40961; qwen3-0.6b takes 1..40960 tokens");
     refused("qwen3-0.6b", "h200", -1, NULL, "context is -1; qwen3-0.6b takes 1..40960 tokens");
@@ -1228,6 +1255,7 @@ int main(void)
     snprintf(plan_file, sizeof plan_file, "%s/a.plan", dir);
     test_files();
     test_round_trip();
+    test_team();
     test_settings();
     test_group_settings();
     test_group_choices();

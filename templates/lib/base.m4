@@ -62,6 +62,12 @@ t_section(TITLE)
 m4_define({|t_section|}, {|t_note({|---- $1 |}m4_translit(m4_format({|%*s|}, m4_eval(80 - m4_len({|$1|})), {||}), {| |}, {|-|}))|})
 
 
+t_stage
+  Before the function of a layer's stage: it exists once and is called, or each layer has it inline.
+
+m4_define({|t_stage|}, {|static __device__ t_if(PLAN_UNROLL == 2, {|__forceinline__|}, {|__noinline__|})|})
+
+
 t_lap(STAGE)
   In a plan with timing: the cycles since the last lap are STAGE's.
 
