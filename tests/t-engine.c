@@ -826,7 +826,7 @@ enum { COMPARED = sizeof compared / sizeof *compared, COMPARED_ALWAYS = 2 };
 static int same_plan(const struct gen_plan *a, const struct gen_plan *b)
 {
     return a->gpu.arch == b->gpu.arch && a->ctas == b->ctas && a->group == b->group &&
-           a->cluster == b->cluster && a->warps == b->warps && a->dtype == b->dtype &&
+           a->cluster == b->cluster && a->team == b->team && a->warps == b->warps && a->dtype == b->dtype &&
            a->kv_tile == b->kv_tile && a->sets == b->sets && a->gemm_k == b->gemm_k &&
            a->flash_n == b->flash_n && !memcmp(a->cls, b->cls, sizeof a->cls) &&
            !memcmp(a->phase, b->phase, sizeof a->phase);
@@ -1119,7 +1119,7 @@ static void test_host_shapes(void)
 }
 
 /* Contexts of one position, of a tile and one, and of more tiles for a rank than the ring has
-   stages. */
+   stages; and of two tiles for each CTA of a team, and more. */
 static void test_host_contexts(void)
 {
     static const struct {
@@ -1131,6 +1131,8 @@ static void test_host_contexts(void)
         {{"host:sm_75", "toy/tiny-llama", "ctas=4 group=2 chunk_bytes=512 warps=4", NULL},
          {17, 17, 2, 1, {0}}},
         {{"host:sm_90", "toy/tiny-qwen3", "ctas=4 group=2 chunk_bytes=512 stages=3", "C=251"},
+         {251, 1, 3, 1, {0}}},
+        {{"host:sm_90", "toy/tiny-qwen2", "ctas=6 group=2 chunk_bytes=512 warps=4 team_from=80", "C=251"},
          {251, 1, 3, 1, {0}}},
     };
 
@@ -1224,6 +1226,7 @@ static void test_gpu(void)
         {"gpu", "toy/toy-qwen3-e128", "chunk_bytes=8192 balance=1000", NULL},
         {"gpu", "toy/toy-qwen2", "", NULL},
         {"gpu", "toy/toy-llama", "chunk_bytes=1024 stages=3 inflight=2", NULL},
+        {"gpu", "toy/toy-qwen2", "ctas=8 group=2 chunk_bytes=4096 team_from=112 tokens_per_launch=5", NULL},
         {"gpu", "toy/toy-smol", "ctas=9 group=3 chunk_bytes=4096", NULL},
         {"gpu", "toy/toy-qwen2", "ctas=16 group=16 cluster=l2 chunk_bytes=4096", NULL},
         {"gpu", "toy/toy-qwen3", "cluster=l2 chunk_bytes=4096 balance=0", NULL},

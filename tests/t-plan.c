@@ -447,6 +447,7 @@ static void check_hops(const struct gen_plan *p)
         [GEN_HOP_PART] = p->groups * p->group * heads * (m->E / 8 * 3 + 1) * through_l2,
         [GEN_HOP_MLP] = p->groups * p->most_units * 12 * through_l2,
         [GEN_HOP_X] = 2 * p->groups * (p->pairs * 6 + p->group * p->warps) * through_l2,
+        [GEN_HOP_TEAM] = m->K * (p->team - 1) * ratio_of(p) * m->E / 2,
         [GEN_HOP_O] = 2 * p->pairs * p->groups * 6,
         [GEN_HOP_DOWN] = 2 * p->pairs * p->groups * 6,
         [GEN_HOP_BEST] = p->ctas,

@@ -180,7 +180,7 @@ static_assert(sizeof(mk_pack_args) == 64, "layout");
 enum { FAULT_CODE, FAULT_STAGE, FAULT_CTA, FAULT_EXPECTED, FAULT_SEEN, FAULT_CLAIM };
 
 // Stages, for the watchdog's report.
-enum { AT_RING = 1, AT_QKV, AT_PART, AT_O, AT_MLP, AT_DOWN, AT_X, AT_BEST, AT_COUNT, AT_GRID };
+enum { AT_RING = 1, AT_QKV, AT_PART, AT_O, AT_MLP, AT_DOWN, AT_X, AT_BEST, AT_COUNT, AT_GRID, AT_TEAM };
 // ---- Primitives: everything that touches hardware ------------------------------------
 
 static __device__ __forceinline__ u32 shared_address(const void *p)
@@ -216,6 +216,13 @@ static __device__ __forceinline__ float exp2_approx(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ __forceinline__ float log2_approx(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -484,11 +491,8 @@ static __device__ __forceinline__ Block_place column_place(int block)
 // q, k and v rows, of all heads in turn.
 struct Qkv : Phase<384, 8, 48, 1, 1, 8> {
     static constexpr int HEAD = E / 8, GROUPED = (RATIO + 2) * HEAD; // blocks of a head; with its key and value
-    // Blocks of this CTA, in its order.
-    static __device__ __forceinline__ int mine()
-    {
-        return (share_of(my_group()).heads * GROUPED - my_rank() + GROUP - 1) / GROUP;
-    }
+    // Blocks of this CTA, in its order, of HEADS heads.
+    static __device__ __forceinline__ int mine(int heads) { return (heads * GROUPED - my_rank() + GROUP - 1) / GROUP; }
     // Where block LOCAL of a group whose first head is HEAD0 stands among all blocks.
     static __device__ __forceinline__ int block(int head0, int local)
     {
@@ -797,6 +801,28 @@ static __device__ __forceinline__ float warp_sum(float value)
     for (int i = 16; i; i /= 2)
         value += __shfl_xor_sync(~0u, value, i);
     return value;
+}
+
+// ---- Teams: groups that share a head's positions -------------------------------------
+
+// This plan has none: a head's positions are dealt to the ranks of the group that has it.
+static __device__ __forceinline__ int head_group() { return my_group(); }
+static __device__ __forceinline__ int dealt_to() { return GROUP; }
+static __device__ __forceinline__ int turns(int tiles) { return tiles / GROUP; }
+static __device__ __forceinline__ int my_place() { return my_rank(); }
+
+static __device__ __forceinline__ int my_heads() { return share_of(head_group()).heads; }
+
+// The tiles that this CTA has of each of its heads, up to the one of position POS.
+static __device__ __forceinline__ int my_tiles(int pos)
+{
+    return turns(pos / KV_TILE - my_place() + dealt_to());
+}
+
+// Has this CTA the tile of position POS itself?
+static __device__ __forceinline__ bool has_tile(int pos)
+{
+    return pos / KV_TILE - turns(pos / KV_TILE) * dealt_to() == my_place();
 }
 
 // ---- Matrix x vector, from the ring --------------------------------------------------
@@ -1224,7 +1250,7 @@ static __device__ __forceinline__ void finish_qkv(int layer, float extra, int fi
     }
 }
 
-// ---- Attention over the KV cache, whose tiles are dealt to the ranks -----------------
+// ---- Attention over the KV cache, whose tiles are dealt to the ranks, or to those of a team ------
 
 // One head's E values, 2 x E/64 a lane: pair i of a lane is dimensions lane + 32 i and that
 // plus E/2, which rotate together.
@@ -1279,12 +1305,6 @@ struct Head_values {
     }
 };
 
-// The tiles that this CTA has of each of its group's heads, up to the one of position POS.
-static __device__ __forceinline__ int my_tiles(int pos)
-{
-    return (pos / KV_TILE - my_rank() + GROUP) / GROUP;
-}
-
 // What rows are normed and rotated with, read before they come.
 struct Attention_constants {
     float2 rope[Head_values::PAIRS];
@@ -1302,10 +1322,9 @@ struct Attention_constants {
 static __device__ __forceinline__ void attn_rows(int pos, const Attention_constants &c)
 {
     const int warp = threadIdx.x / 32;
-    const Share mine = share_of(my_group());
-    const bool writes = pos / KV_TILE % GROUP == my_rank();
+    const bool writes = has_tile(pos);
     #pragma unroll 1
-    for (int i = warp; i < mine.heads * (RATIO + 2); i += WARPS) {
+    for (int i = warp; i < my_heads() * (RATIO + 2); i += WARPS) {
         const int head = i / (RATIO + 2), j = i % (RATIO + 2), which = j - RATIO; // key or value
         if (which >= 0 && !writes)
             continue;
@@ -1321,7 +1340,7 @@ static __device__ __forceinline__ void attn_rows(int pos, const Attention_consta
 // This position's keys and values, of all heads of the group, to the cache.
 static __device__ __forceinline__ void attn_keep(half *cache, int pos)
 {
-    const Share mine = share_of(my_group());
+    const Share mine = share_of(head_group());
     for (int i = threadIdx.x; i < mine.heads * 2 * (E / 8); i += THREADS) {
         const int head = i / (2 * (E / 8)), which = i / (E / 8) % 2, e = i % (E / 8) * 8;
         *late((uint4 *)(cache + (mine.head0 + head) * KV_HEAD + which * KV_VALUE + kv_at(pos, e))) =
@@ -1434,7 +1453,7 @@ constexpr int TURN = WARPS / PARTS > 0 && WARPS / PARTS <= STAGES ? WARPS / PART
 static __device__ __forceinline__ int attending_warps(int pos)
 {
     const int before = my_tiles(pos) - 1; // tiles, all of whose positions are cached; of the last one:
-    const int cached = max(0, pos - (my_rank() + before * GROUP) * KV_TILE);
+    const int cached = max(0, pos - (my_place() + before * dealt_to()) * KV_TILE);
     return before < 0 ? 0 : min(TURN * PARTS, before * PARTS + min(PARTS, (cached + 15) / 16));
 }
 
@@ -1472,7 +1491,7 @@ static __device__ __forceinline__ u32 attn_head(u32 chunk, int head, int pos)
     #pragma unroll 1
     for (int tile = 0; tile < tiles; tile += TURN) {
         const int n = min(TURN, tiles - tile); // this warp takes tile MINE of these
-        const int first = (my_rank() + (tile + mine) * GROUP) * KV_TILE + part * 16; // position
+        const int first = (my_place() + (tile + mine) * dealt_to()) * KV_TILE + part * 16; // position
         const unsigned char *keys = S->ring[(chunk + mine) % STAGES] + part * (E * 32);
         wait_landed(chunk + n);
         if (mine < n && first < pos)
@@ -1537,13 +1556,11 @@ static __device__ __forceinline__ void attn_send(int head, u32 tag, int warps, b
     }
 }
 
-// LAYER_CACHE and VEC: where the layer's cache and vectors begin.
-static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
+// Attend to my tiles of each head, and send what they give.
+static __device__ __forceinline__ void attn_tiles(int layer, u64 layer_cache, int vec)
 {
-    const int pos = S->args.pos + S->index, heads = share_of(my_group()).heads;
+    const int pos = S->args.pos + S->index, heads = my_heads();
     u32 chunk = my_chunk();
-    if (!heads)
-        return;
     Attention_constants constants;
     constants.load(pos, S->args.vec + vec);
     await_blocks<GROUP_QKV>(&S->qkv[0][0][0], qkv_hop(), heads * Qkv::GROUPED, layer_tag(layer), AT_QKV);
@@ -1551,7 +1568,7 @@ static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
     if (!my_tiles(pos))
         return;
     attn_rows(pos, constants);
-    const bool has_now = pos / KV_TILE % GROUP == my_rank();
+    const bool has_now = has_tile(pos);
     #pragma unroll 1
     for (int head = 0; head < heads; head++) {
         consumer_barrier(); // queries and this position's row are there; what the warps left has been sent
@@ -1566,10 +1583,12 @@ static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
     take_chunks(chunk);
 }
 
-// y = the sums of all ranks that have positions, merged and divided.
+// y = the sums of all ranks that have positions, merged and divided; far on, of all in the team, whose helpers send
+// theirs instead.
 static __device__ __forceinline__ void attn_merge(int layer)
 {
-    const int heads = share_of(my_group()).heads, ranks = min(GROUP, (S->args.pos + S->index) / KV_TILE + 1);
+    const int near = min(GROUP, (S->args.pos + S->index) / KV_TILE + 1); // ranks that have tiles
+    const int heads = my_heads(), ranks = near;
     const u32 tag = layer_tag(layer);
     hold(1);
     #pragma unroll 1
@@ -1599,6 +1618,13 @@ static __device__ __forceinline__ void attn_merge(int layer)
     }
     hold(0);
     consumer_barrier();
+}
+
+// LAYER_CACHE and VEC: where the layer's cache and vectors begin.
+static __device__ __noinline__ void attn(int layer, u64 layer_cache, int vec)
+{
+    if (my_heads())
+        attn_tiles(layer, layer_cache, vec);
 }
 
 // ---- MLP: silu(x W_gate) * (x W_up) --------------------------------------------------
@@ -1711,7 +1737,7 @@ enum { QKV_ROWS, MLP_ROWS, HEAD_ROWS };
 static __device__ __noinline__ Best rows(int what, int layer, int bias)
 {
     const int which = what != MLP_ROWS; // x
-    const int blocks = what == QKV_ROWS ? Qkv::mine() : what == MLP_ROWS ? Mlp::mine() : Head::mine();
+    const int blocks = what == QKV_ROWS ? Qkv::mine(my_heads()) : what == MLP_ROWS ? Mlp::mine() : Head::mine();
     Best best = {-infinity(), V, 0};
     bool is_ready = which && !layer; // the embedding's
     const auto await = [&] {
@@ -2049,12 +2075,16 @@ static __device__ __forceinline__ void feed(int n, u32 most, Make piece)
     sync_producer();
 }
 
-static __device__ __forceinline__ const unsigned char *my_stream() { return S->args.stream + blockIdx.x * CTA_BYTES; }
-
-// LAYER of this CTA's stream.
-static __device__ __forceinline__ const unsigned char *my_layer(const Share &mine, int layer)
+// The stream of this CTA's rank in GROUP.
+static __device__ __forceinline__ const unsigned char *stream_of(int group)
 {
-    return my_stream() + LAYERS_OFFSET + (u64)layer * mine.layer;
+    return S->args.stream + (u64)(group * GROUP + my_rank()) * CTA_BYTES;
+}
+
+// LAYER of it.
+static __device__ __forceinline__ const unsigned char *layer_of(int group, int layer)
+{
+    return stream_of(group) + LAYERS_OFFSET + (u64)layer * share_of(group).layer;
 }
 
 // Bring BLOCKS blocks, whose rows are all columns of x; of several chunks each, two blocks side by side.
@@ -2083,17 +2113,18 @@ static __device__ __noinline__ void feed_columns(const unsigned char *src, int u
     }
 }
 
-// My tiles of the cache of each of the group's heads.  The rows before this token are there: a whole
+// My tiles of the cache of each of the group's heads, as many at once as there are stages: all else waits for them, and
+// no hop through L2 is near.  The rows before this token are there: a whole
 // token's chunks, more than the ring has, went through it since the last one was written.
 static __device__ __noinline__ void feed_kv(int layer)
 {
-    const Share mine = share_of(my_group());
+    const Share mine = share_of(head_group());
     const int tiles = my_tiles(S->args.pos + S->fed);
     #pragma unroll 1
     for (int head = 0; head < mine.heads; head++) {
-        const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_rank() * KV_TILE_ELEMS;
-        feed(tiles, INFLIGHT_HEADS, [&](int tile) -> Piece {
-            return {(const unsigned char *)(cache + (u64)tile * (GROUP * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
+        const half *cache = S->args.kv + layer * KV_LAYER + (mine.head0 + head) * KV_HEAD + (u64)my_place() * KV_TILE_ELEMS;
+        feed(tiles, STAGES, [&](int tile) -> Piece {
+            return {(const unsigned char *)(cache + (u64)tile * (dealt_to() * KV_TILE_ELEMS)), KV_TILE_ELEMS * 2};
         });
     }
 }
@@ -2101,8 +2132,8 @@ static __device__ __noinline__ void feed_kv(int layer)
 static __device__ __noinline__ void feed_layer(int layer)
 {
     const Share mine = share_of(my_group());
-    const unsigned char *src = my_layer(mine, layer);
-    feed_rows(src, Qkv::mine(), INFLIGHT_HEADS);
+    const unsigned char *src = layer_of(my_group(), layer);
+    feed_rows(layer_of(head_group(), layer), Qkv::mine(my_heads()), INFLIGHT_HEADS);
     feed_kv(layer);
     feed_columns(src + mine.o, mine.heads * O::HEAD_UNITS, O::SPAN_UNITS, INFLIGHT_HEADS);
     feed_rows(src + mine.mlp, Mlp::mine(), INFLIGHT);
@@ -2123,7 +2154,7 @@ static __device__ __forceinline__ void produce()
         for (int layer = 0; layer < L; layer++)
             feed_layer(layer);
         look_for_cancel();
-        feed_rows(my_stream(), Head::mine(), INFLIGHT);
+        feed_rows(stream_of(my_group()), Head::mine(), INFLIGHT);
         sync_producer();
         if (threadIdx.x % 32 == 0)
             S->fed++;
