@@ -40,6 +40,7 @@ struct rt_bench {
     struct rt_engine *engine;
     struct rt_session *session;
     const struct gen_plan *plan;
+    struct rt_bench_start start;
     int32_t *tokens;            /* [context] pseudo-random */
     int filled;                 /* rows 0 .. filled-1 are those of TOKENS */
     int quiet;                  /* do not tell of progress: a run is timed */
@@ -56,7 +57,7 @@ static double now_ms(void)
     return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
 }
 
-/* ---- Opening ---------------------------------------------------------------- */
+/* ---- What is opened ------------------------------------------------------------ */
 
 static void tell_progress(void *user, const char *what, double fraction)
 {
@@ -120,50 +121,6 @@ static int make_tokens(struct rt_bench *b, struct mk_err *err)
     return 0;
 }
 
-static int open_all(struct rt_bench *b, const char *where, int context, struct mk_err *err)
-{
-    const struct rt_engine_options options = {
-        b->options.cubin_path, b->options.plan_file, b->options.set, tell_progress, tell_warning, b,
-        b->options.device ? b->options.device : "gpu",
-    };
-    int rc = gen_model_read(where, &b->model, err);
-
-    if (rc)
-        return rc;
-    if (context < 1 || context > b->model.max_context)
-        return gen_fail(err, MK_EINVAL, "a context of %d tokens; %s can have 1 to %d", context,
-                        b->model.name, b->model.max_context);
-    rc = rt_bench_weights(where, &b->model, &b->options, &b->weights, err);
-    if (rc == 0)
-        rc = rt_engine_open(&b->model, b->weights, &options, &b->engine, err);
-    if (rc == 0)
-        rc = rt_session_make(b->engine, context, &b->session, err);
-    if (rc)
-        return rc;
-    b->plan = rt_session_plan(b->session);
-    return make_tokens(b, err);
-}
-
-int rt_bench_open(const char *where, int context, const struct rt_bench_options *options,
-                  struct rt_bench **out, struct mk_err *err)
-{
-    struct rt_bench *b = calloc(1, sizeof *b);
-    int rc;
-
-    *out = NULL;
-    if (!b)
-        return gen_fail(err, MK_ENOMEM, "no memory for a benchmark");
-    b->options = *options;
-    if (!b->options.cubin_path)
-        b->options.cubin_path = getenv("MK_CUBIN_PATH");
-    rc = open_all(b, where, context, err);
-    if (rc)
-        rt_bench_close(b);
-    else
-        *out = b;
-    return rc;
-}
-
 void rt_bench_close(struct rt_bench *b)
 {
     if (!b)
@@ -213,6 +170,7 @@ void rt_bench_facts(const struct rt_bench *b, struct rt_bench_facts *out)
     out->plan_file = rt_session_plan_file(b->session);
     out->kernel_from = rt_session_kernel_from(b->session);
     out->weight_bytes = gen_model_params(&b->model) * 2;
+    out->start = b->start;
 }
 
 int rt_bench_bandwidth(struct rt_bench *b, double *gbps, char method[128], struct mk_err *err)
@@ -289,6 +247,75 @@ static int decode(struct taker *t, int32_t token, int pos, const int32_t *forced
     if (rc == 0 && (done != t->n || t->got != t->n))
         rc = gen_fail(err, MK_EDEVICE, "the kernel of %s gave %d tokens instead of %d at position "
                       "%d", t->b->model.name, t->got, t->n, pos);
+    return rc;
+}
+
+/* ---- Opening: how long it takes ------------------------------------------------ */
+
+/* All of it but the first token. */
+static int open_all(struct rt_bench *b, const char *where, int context, struct mk_err *err)
+{
+    const struct rt_engine_options options = {
+        b->options.cubin_path, b->options.plan_file, b->options.set, tell_progress, tell_warning, b,
+        b->options.device ? b->options.device : "gpu",
+    };
+    const double begin = now_ms();
+    double opened, made;
+    int rc = rt_bench_weights(where, &b->model, &b->options, &b->weights, err);
+
+    b->start.weights = 1e-3 * (now_ms() - begin);
+    opened = now_ms();
+    if (rc == 0)
+        rc = rt_engine_open(&b->model, b->weights, &options, &b->engine, err);
+    made = now_ms();
+    b->start.driver = 1e-3 * (made - opened);
+    if (rc == 0)
+        rc = rt_session_make(b->engine, context, &b->session, err);
+    if (rc)
+        return rc;
+    b->plan = rt_session_plan(b->session);
+    b->start.kernel = rt_session_kernel_s(b->session);
+    b->start.buffers = 1e-3 * (now_ms() - made) - b->start.kernel - rt_engine_load_s(b->engine);
+    b->start.weights += rt_engine_load_s(b->engine);
+    return make_tokens(b, err);
+}
+
+/* Position 0 is filled again for what is measured. */
+static int first_token(struct rt_bench *b, struct mk_err *err)
+{
+    const double begin = now_ms();
+    int32_t chosen;
+    struct taker t = {.b = b, .to = &chosen, .n = 1};
+    const int rc = decode(&t, b->tokens[0], 0, NULL, NULL, err);
+
+    b->start.token = 1e-3 * (now_ms() - begin);
+    return rc;
+}
+
+int rt_bench_open(const char *where, int context, const struct rt_bench_options *options,
+                  struct rt_bench **out, struct mk_err *err)
+{
+    struct rt_bench *b = calloc(1, sizeof *b);
+    int rc;
+
+    *out = NULL;
+    if (!b)
+        return gen_fail(err, MK_ENOMEM, "no memory for a benchmark");
+    b->options = *options;
+    if (!b->options.cubin_path)
+        b->options.cubin_path = getenv("MK_CUBIN_PATH");
+    rc = gen_model_read(where, &b->model, err);
+    if (rc == 0 && (context < 1 || context > b->model.max_context))
+        rc = gen_fail(err, MK_EINVAL, "a context of %d tokens; %s can have 1 to %d", context,
+                      b->model.name, b->model.max_context);
+    if (rc == 0)
+        rc = open_all(b, where, context, err);
+    if (rc == 0)
+        rc = first_token(b, err);
+    if (rc)
+        rt_bench_close(b);
+    else
+        *out = b;
     return rc;
 }
 

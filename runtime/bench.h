@@ -39,6 +39,15 @@ int rt_bench_open(const char *where, int context, const struct rt_bench_options 
                   struct rt_bench **out, struct mk_err *err);
 void rt_bench_close(struct rt_bench *b);
 
+/* Seconds from nothing to a first token, in this order. */
+struct rt_bench_start {
+    double driver;              /* initialised, the device opened */
+    double weights;             /* read or made, and packed */
+    double kernel;              /* found or compiled, and loaded: see kernel_from */
+    double buffers;             /* plan, cache of keys and values, tables */
+    double token;               /* the first one, at position 0 */
+};
+
 struct rt_bench_facts {
     struct gen_model model;
     char gpu[128];              /* "NVIDIA H200" */
@@ -50,6 +59,7 @@ struct rt_bench_facts {
     const char *plan_file;      /* given or carried; "": none; owned by the rt_bench */
     int kernel_from;            /* 1: compiled, 2: cache, 3: pack */
     int64_t weight_bytes;       /* resident weights */
+    struct rt_bench_start start;
 };
 void rt_bench_facts(const struct rt_bench *b, struct rt_bench_facts *out);
 

@@ -305,6 +305,7 @@ static int print_stages(struct rt_bench *b, const struct options *o, const struc
 
 static void print_head(const struct report *rep, const struct options *o)
 {
+    static const char *const from[] = {"?", "compiled", "cache", "pack"};
     const struct rt_bench_facts *f = &rep->facts;
     char size[16];
 
@@ -315,6 +316,9 @@ static void print_head(const struct report *rep, const struct options *o)
            f->driver / 1000, f->driver % 1000 / 10);
     if (*f->plan_file)
         printf("plan %s\n", f->plan_file);
+    printf("start: driver %.2f s, weights %.2f s; kernel %.3f s (%s), buffers %.3f s, first token %.3f s\n",
+           f->start.driver, f->start.weights, f->start.kernel, from[f->kernel_from & 3], f->start.buffers,
+           f->start.token);
     printf("read bandwidth %.0f GB/s (%s)", rep->read_gbps, rep->method);
     if (f->sheet_gbps > 0)
         printf(", %.1f %% of the data sheet's %d", 100 * rep->read_gbps / f->sheet_gbps,
@@ -395,6 +399,9 @@ static int write_json(const struct report *rep, const struct options *o, struct 
     fprintf(f, ",\n  \"mkgen\": \"%s\",\n  \"read_gbps\": %.6g,\n  ", PACKAGE_VERSION,
             rep->read_gbps);
     json_text(f, "read_method", rep->method);
+    fprintf(f, ",\n  \"start_s\": {\"driver\": %.4g, \"weights\": %.4g, \"kernel\": %.4g, \"buffers\": %.4g, "
+            "\"first_token\": %.4g}", facts->start.driver, facts->start.weights, facts->start.kernel,
+            facts->start.buffers, facts->start.token);
     fprintf(f, ",\n  \"sheet_gbps\": %d,\n  \"weights\": \"%s\",\n  \"weight_bytes\": %lld,\n"
             "  \"context\": %d,\n  \"decode_tokens\": %d,\n  \"runs\": %d,\n  \"rows\": [\n",
             facts->sheet_gbps, o->bench.random_weights ? "random" : "checkpoint",
