@@ -1,8 +1,8 @@
 #!/bin/sh
 # mktune on the emulated GPU with a toy model: the file that it writes is a plan file with its
 # provenance, and gives the tokens of the default plan; candidates that hang, that are wrong and that
-# do not fit are passed over; a budget ends it; what cannot be written is an error, and a signal
-# leaves nothing.  MK_BIN is the folder of the programs; default: the one that the test runs in.
+# do not fit are passed over; several choices are moved at once, and what hangs on one is found anew; a
+# budget ends it; what cannot be written is an error, and a signal leaves nothing.  MK_BIN is the folder of the programs; default: the one that the test runs in.
 set -u
 
 : "${srcdir:=tests}"
@@ -38,15 +38,17 @@ says() { "$bin/mktune" "$@" >out 2>err </dev/null; [ $? = "$status" ] && has "$m
 
 # ---- Candidates that are no good ----
 
+mkdir models
 # How fast the emulation is depends on what else the machine does: nothing is dropped for that.
-tune 0 --drop 1000000 -k fault=none,hang -k dtype=fp16 -k stages=1000,4 -o some.plan
+tune 0 --drop 1000000 -k fault=none,hang -k dtype=fp16 -k stages=1000,4 --out=models/some.plan
 has '^default  *[0-9.]*  *[0-9.]*  *+0\.0 %' out
 has '^fault=hang .* failed: the kernel of tiny-llama made no progress' out
 has '^dtype=fp16 .* WRONG: a logit at position' out
 has '^stages=4  *[0-9.]*  *[0-9.]* ' out
 if grep -q 'stages=1000' out; then fail "a plan that is refused was measured"; fi
-if grep -q -e '^fault' -e '^dtype' some.plan; then fail "a bad choice was taken: $(cat some.plan)"; fi
-has '^# candidates: [3-9] measured, .* [1-9] wrong, [1-9] failed$' some.plan
+if grep -q -e '^fault' -e '^dtype' models/some.plan; then fail "a bad choice was taken: $(cat models/some.plan)"; fi
+has '^# candidates: [3-9] measured, .* [1-9] wrong, [1-9] failed$' models/some.plan
+has '^# command: .* --out=models/some.plan$' models/some.plan
 
 # ---- One that is ----
 
@@ -68,6 +70,24 @@ done
 has '^\[choices\]$' best.plan
 has '^ctas = 1$' best.plan
 has '^unroll_layers = list$' best.plan
+
+# ---- Several at once ----
+
+# With chunks of 32 KiB six stages fit: there is such a plan only if no 8 of them stay in flight.
+joint='ctas=1 inflight=8 inflight_hop=8'
+for try in 1 2 3 4 5 6; do
+    tune 0 --runs 5 --drop 1000000 --try "$joint" -k chunk_bytes=32768 -k inflight/inflight_hop=9/10,2/1 \
+        -o "$tmp/joint.plan"
+    if [ "$(grep -c -x -e 'ctas = 1' -e 'inflight = 8' -e 'inflight_hop = 8' joint.plan)" = 3 ]; then break; fi
+done
+for line in 'ctas = 1' 'inflight = 8' 'inflight_hop = 8' 'chunk_bytes = 16384'; do
+    has "^$line\$" joint.plan
+done
+has "^# command: mktune tiny-llama .* --try \"$joint\" .* -o joint.plan\$" joint.plan
+[ "$(sed -n '/^default /,/ better$/p' out | sed -n 2p)" = "$joint" ] || fail "not tried first: $(cat out)"
+has '^chunk_bytes=32768  *[0-9.]*  *[0-9.]* ' out
+has '^inflight=2 inflight_hop=1  *[0-9.]*  *[0-9.]* ' out
+if grep -q '^inflight=9' out; then fail "a plan that is refused was measured"; fi
 
 # ---- The file ----
 
@@ -112,6 +132,15 @@ has "^mktune: --knob: epoch0 needs values, like epoch0=A,B" err
 tune 2 -k "stages=2$(printf ',%.0s' 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 \
     26 27 28 29 30 31 32)"
 has '^mktune: --knob: stages has more than 32 values' err
+tune 2 -k warps/nonsense=4/1
+has "^mktune: --knob: 'nonsense' is no plan choice" err
+tune 2 -k warps/ctas=4/1,8
+has '^mktune: --knob: warps/ctas=4/1,8: a value is not for as many choices$' err
+tune 2 --try 'warps=6 nonsense=1'
+has "^mktune: --try 'warps=6 nonsense=1': unknown plan key \"nonsense\" (mkgen --list-keys)\$" err
+tune 2 --try 'warps=6' --try 'inflight=1 inflight_hop=2'
+has "^mktune: --try 'inflight=1 inflight_hop=2': plan: inflight is 1, " err
+[ ! -s out ] || fail "a bad candidate was found late: $(cat out)"
 tune 1 --set stages=1000
 has '^mktune: --set: stages is "1000"' err
 status=1
@@ -122,7 +151,7 @@ mkdir folder
 message='folder: Is a directory'; says "$toy" -r -o folder
 message='^mktune: '
 MK_CUDA_DRIVER=$tmp/none says "$toy" -r -o x.plan
-"$bin/mktune" --list-knobs | grep -q '^stages  *3,' || fail "--list-knobs"
+"$bin/mktune" --list-knobs | grep -q '^inflight/inflight_hop  *2/1,' || fail "--list-knobs"
 
 # ---- A signal ----
 

@@ -28,8 +28,10 @@ static const char help[] =
     "  -p, --positions LIST  positions at which decode is timed (default: 1,1024)\n"
     "  -o, --out FILE        the plan file (default: MODEL-GPU.plan); \"-\" is standard\n"
     "                        output, without the table\n"
+    "  -t, --try CHOICES     try \"KEY=VALUE KEY=VALUE...\" over the default plan before the\n"
+    "                        search, which begins with the best; may be repeated\n"
     "  -k, --knob KEY[=A,B]  search this choice, with these values; may be repeated, and then\n"
-    "                        no other choice is searched\n"
+    "                        no other choice is searched; KEY/KEY=A/B,C/D: two at once\n"
     "  -s, --set KEY=VALUE   a choice that all candidates have; may be repeated\n"
     "  -n, --tokens N        tokens of one run (default 64)\n"
     "      --runs N          timed runs of a candidate at a position (default 7)\n"
@@ -45,33 +47,43 @@ static const char help[] =
     "Example: mktune qwen3-0.6b --random-weights --budget 900 --out h200.plan\n";
 
 enum { MAX_CONTEXT = 1 << 24, MAX_KNOBS = 16, MAX_VALUES = RT_TUNE_PLANS, MAX_TRIED = 4096 };
+enum { MAX_SET = 32, MAX_TEXT = 1024, MAX_TRY = 256 };
 /* A hanging kernel ends itself; what takes this much longer than the default plan hangs elsewhere. */
 enum { PATIENCE = 10, PATIENCE_S = 30 };
 /* A gain below this is not taken, however quiet the runs are. */
 static const double LEAST_GAIN = 0.005;
 
-/* What is searched, in this order.  NULL: more and fewer groups than there are. */
-struct knob { const char *key, *values; };
+/* What is searched: what matters most comes first.  A/B: both at once.  NULL: more and fewer groups
+   than there are. */
+struct knob { const char *keys, *values; };
 static const struct knob all_knobs[] = {
-    { "balance", "0,25,35,50,65,80,100,150" },
-    { "chunk_bytes", "4096,8192,12288,16384,24576,32768" },
-    { "stages", "3,4,5,6,8,10,12,16" },
-    { "inflight", "2,3,4,6,8,10,12,16" },
-    { "inflight_heads", "3,4,6,8,10,12,16" },
-    { "inflight_hop", "1,2,3,4,6,8,12" },
-    { "round_blocks", "2,4,6,8,10,12,16" },
-    { "warps", "4,5,6,7,8" },
-    { "group", "1,2,4,8,16" },
+    { "chunk_bytes", "16384,20480,32768,40960" },
+    { "chunk_bytes/inflight/inflight_hop", "20480/4/1,40960/2/1" },
+    { "inflight/inflight_hop", "2/1,3/1,3/2,4/1,4/2,5/3,6/2" },
+    { "inflight_heads", "2,3,4,6,8" },
+    { "balance", "0,15,30,50,100,200" },
+    { "warps", "5,6,7,8" },
     { "ctas", NULL },
-    { "cluster", "cluster,l2" },
+    { "round_blocks", "4,6,8,10,12,16" },
+    { "team_from", "0,4096,6144,8192,16384" },
     { "unroll_layers", "list,loop" },
+    { "stages", "3,4,5,6,8,10,12,16" },
+    { "group", "1,2,4,8,16" },
+    { "cluster", "cluster,l2" },
 };
 enum { N_KNOBS = sizeof(all_knobs) / sizeof(all_knobs[0]) };
+
+/* Values that were good with another KEY: when it is changed, the plan finds these anew. */
+static const struct { const char *key, *derived; } derivations[] = {
+    { "chunk_bytes", "stages inflight inflight_heads inflight_hop team_from" },
+    { "group", "ctas team_from" },
+};
+enum { N_DERIVATIONS = sizeof(derivations) / sizeof(derivations[0]) };
 
 struct options {
     const char *out;
     int n_pos, budget, jobs;    /* n_pos -1: not given */
-    struct cli_list set, knobs;
+    struct cli_list set, tries, knobs;
     struct rt_tune_options tune;
     int argc;
     char **argv;
@@ -88,12 +100,18 @@ struct search {
     struct knob knob[MAX_KNOBS];
     int n_knobs;
     char knob_text[MAX_KNOBS][256];     /* behind those of --knob */
-    char moved[MAX_KNOBS][64];  /* "KEY=VALUE" of the best plan so far; "": the plan's own */
+    char moved[MAX_TEXT];       /* "KEY=VALUE KEY=VALUE": the best so far, over what the user set */
     struct gen_plan plan;       /* the best so far */
     struct rt_tune_result base, best;
     uint64_t tried[MAX_TRIED];  /* digests of plans */
     int n_tried;
     int measured, slow, wrong, failed, better;
+};
+
+/* A plan to try: the choices of STEP over others. */
+struct candidate {
+    char step[MAX_TEXT], choices[MAX_TEXT];
+    struct gen_plan plan;
 };
 
 /* ---- Arguments ---- */
@@ -106,7 +124,7 @@ static const struct option longs[] = {
     { "out", required_argument, NULL, 'o' },        { "knob", required_argument, NULL, 'k' },
     { "set", required_argument, NULL, 's' },        { "tokens", required_argument, NULL, 'n' },
     { "runs", required_argument, NULL, OPT_RUNS },  { "context", required_argument, NULL, 'c' },
-    { "drop", required_argument, NULL, OPT_DROP },
+    { "drop", required_argument, NULL, OPT_DROP },  { "try", required_argument, NULL, 't' },
     { "jobs", required_argument, NULL, OPT_JOBS },  { "seed", required_argument, NULL, OPT_SEED },
     { "list-knobs", no_argument, NULL, OPT_KNOBS }, { "help", no_argument, NULL, OPT_HELP },
     { "version", no_argument, NULL, OPT_VERSION },  { NULL, 0, NULL, 0 }
@@ -115,8 +133,8 @@ static const struct option longs[] = {
 static void list_knobs(void)
 {
     for (int i = 0; i < N_KNOBS; i++)
-        printf("%-14s %s\n", all_knobs[i].key,
-               all_knobs[i].values ? all_knobs[i].values : "1, 2 and 4 groups fewer, 1 and 2 more");
+        printf("%-33s %s\n", all_knobs[i].keys,
+               all_knobs[i].values ? all_knobs[i].values : "1, 2 and 3 groups fewer, 1 and 2 more");
 }
 
 static int check_options(struct options *o, int argc, char **argv)
@@ -129,6 +147,10 @@ static int check_options(struct options *o, int argc, char **argv)
         return cli_usage("--positions none leaves nothing to measure");
     if (o->knobs.n > MAX_KNOBS)
         return cli_usage("--knob: more than %d", MAX_KNOBS);
+    if (o->tries.n > MAX_VALUES)
+        return cli_usage("--try: more than %d", MAX_VALUES);
+    if (o->set.n > MAX_SET)
+        return cli_usage("--set: more than %d", MAX_SET);
     o->tune.where = argv[optind];
     return 0;
 }
@@ -149,7 +171,7 @@ static int parse(int argc, char **argv, struct options *o)
     struct rt_tune_options *t = &o->tune;
     int c, rc = 0;
 
-    while (!rc && (c = getopt_long(argc, argv, "rd:b:p:o:k:s:n:c:", longs, NULL)) != -1) {
+    while (!rc && (c = getopt_long(argc, argv, "rd:b:p:o:t:k:s:n:c:", longs, NULL)) != -1) {
         switch (c) {
         case 'r': t->bench.random_weights = 1; break;
         case 'd': rc = parse_device(o, optarg); break;
@@ -158,6 +180,7 @@ static int parse(int argc, char **argv, struct options *o)
                                     RT_TUNE_POSITIONS, &o->n_pos);
             break;
         case 'o': o->out = optarg; break;
+        case 't': rc = cli_list_add(&o->tries, optarg); break;
         case 'k': rc = cli_list_add(&o->knobs, optarg); break;
         case 's': rc = cli_list_add(&o->set, optarg); break;
         case 'n': rc = cli_int("--tokens", optarg, 1, 1024, &t->tokens); break;
@@ -207,9 +230,41 @@ static int plan_positions(struct options *o, const struct gen_model *m)
     return 0;
 }
 
+/* ---- Choices: "KEY=VALUE KEY=VALUE" ---- */
+
+/* Is the key that WORD begins with one of LIST, which is choices, or "KEY KEY", or "KEY/KEY"? */
+static int has_key(const char *list, const char *word)
+{
+    const size_t n = strcspn(word, " /=");
+
+    for (const char *at = list; *at; at += strcspn(at, " /"), at += strspn(at, " /"))
+        if (strcspn(at, " /=") == n && !memcmp(at, word, n))
+            return 1;
+    return 0;
+}
+
+/* Does STEP leave nothing of the choice WORD? */
+static int is_undone(const char *word, const char *step)
+{
+    int undone = has_key(step, word);
+
+    for (int i = 0; i < N_DERIVATIONS; i++)
+        undone |= has_key(step, derivations[i].key) && has_key(derivations[i].derived, word);
+    return undone;
+}
+
+/* The choices BASE, with those of STEP over them, in OUT, which has room for both. */
+static void take_step(const char *base, const char *step, char *out)
+{
+    for (const char *at = base; *at; at += strcspn(at, " "), at += strspn(at, " "))
+        if (!is_undone(at, step))
+            out += sprintf(out, "%.*s ", (int) strcspn(at, " "), at);
+    strcpy(out, step);
+}
+
 /* ---- Plans ---- */
 
-/* The value of KEY in a plan, as --dump-plan prints it, in OUT; "": there is no such key. */
+/* The value of KEY in a plan, as --dump-plan prints it, in OUT. */
 static void choice(const struct gen_plan *p, const char *key, char *out, size_t size)
 {
     char *dump = gen_plan_dump(p), *line = dump, *end;
@@ -224,35 +279,31 @@ static void choice(const struct gen_plan *p, const char *key, char *out, size_t 
     free(dump);
 }
 
-/* The list for set options: those of the user, then those moved, with KNOB's as TEXT. */
-static void fill_set(const struct search *s, int knob, const char *text, const char **set)
+/* A list for set options: those of the user, then CHOICES. */
+struct set {
+    const char *item[MAX_SET + MAX_TEXT / 2 + 1];
+    char text[MAX_TEXT];
+};
+
+static void make_set(const struct search *s, const char *choices, struct set *out)
 {
     int n = 0;
 
-    for (int i = 0; i < s->o->set.n; i++)
-        set[n++] = s->o->set.item[i];
-    for (int i = 0; i < s->n_knobs; i++) {
-        const char *item = i == knob ? text : s->moved[i];
-
-        if (*item)
-            set[n++] = item;
-    }
-    set[n] = NULL;
+    for (; n < s->o->set.n; n++)
+        out->item[n] = s->o->set.item[n];
+    snprintf(out->text, sizeof(out->text), "%s", choices);
+    for (char *word = strtok(out->text, " "); word; word = strtok(NULL, " "))
+        out->item[n++] = word;
+    out->item[n] = NULL;
 }
 
-static const char **make_set(const struct search *s, int knob, const char *text)
-{
-    const char **set = calloc((size_t) (s->o->set.n + MAX_KNOBS + 1), sizeof(*set));
-
-    if (set)
-        fill_set(s, knob, text, set);
-    return set;
-}
-
-static int make_plan(const struct search *s, const char *const *set, struct gen_plan *out,
+static int make_plan(const struct search *s, const char *choices, struct gen_plan *out,
                      struct mk_err *err)
 {
-    return gen_plan_make(&s->model, &s->device.gpu, s->o->tune.context, NULL, set, out, err);
+    struct set set;
+
+    make_set(s, choices, &set);
+    return gen_plan_make(&s->model, &s->device.gpu, s->o->tune.context, NULL, set.item, out, err);
 }
 
 /* Is this the first time that there is such a plan? */
@@ -300,6 +351,8 @@ static void print_row(struct search *s, const char *name, const struct rt_tune_r
     cli_progress_clear();
     if (!s->table)
         return;
+    if (strlen(name) > 26)      /* a line of its own */
+        fprintf(s->table, "%s\n", name), name = "";
     fprintf(s->table, "%-26s", name);
     for (int i = 0; i < s->o->tune.n_pos; i++)
         if (r->ms[i] > 0 && (r->end == RT_TUNE_RIGHT || r->end == RT_TUNE_SLOW))
@@ -336,17 +389,20 @@ static int beats(const struct search *s, const struct rt_tune_result *r,
            ratio(s, r, other) < 1 - (noise > LEAST_GAIN ? noise : LEAST_GAIN);
 }
 
-/* Run the candidate SET against the best; what it is called in the table is NAME.
+/* Run candidate C against the best.
    Returns 1: it is better, also when measured again; 0; or a negative code. */
-static int try_candidate(struct search *s, const char *const *set, const char *name,
-                         struct rt_tune_result *r, struct mk_err *err)
+static int try_candidate(struct search *s, const struct candidate *c, struct rt_tune_result *r,
+                         struct mk_err *err)
 {
     static const char *const ends[] = { "", "slower", "WRONG: ", "failed: ", "" };
     const double now = rt_tune_now(), limit = now + s->patience;
     char remark[1100];
+    struct set set;
     int rc;
 
-    rc = rt_tune_run(s->t, set, RT_TUNE_AS_OTHERS, &s->best, limit < s->end ? limit : s->end, r, err);
+    make_set(s, c->choices, &set);
+    rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_OTHERS, &s->best, limit < s->end ? limit : s->end, r,
+                     err);
     if (rc)
         return rc;
     if (r->end == RT_TUNE_LATE && limit >= s->end)
@@ -358,164 +414,242 @@ static int try_candidate(struct search *s, const char *const *set, const char *n
     if (beats(s, r, &s->best)) {
         struct rt_tune_result again;
 
-        rc = rt_tune_run(s->t, set, RT_TUNE_AS_OTHERS, &s->best, now + 2 * s->patience, &again, err);
+        rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_OTHERS, &s->best, now + 2 * s->patience, &again,
+                         err);
         if (rc)
             return rc;
         rc = beats(s, &again, &s->best);
         if (rc && ratio(s, &again, r) > 1)
             *r = again;         /* the slower of the two */
-        print_row(s, name, r, ratio(s, r, &s->base) - 1, rc ? "better" : "better, but not twice");
+        print_row(s, c->step, r, ratio(s, r, &s->base) - 1, rc ? "better" : "better, but not twice");
         return rc;
     }
     if (r->end == RT_TUNE_RIGHT)
         snprintf(remark, sizeof(remark), "%s", ratio(s, r, &s->best) < 1 ? "within the noise" : "");
     else
         snprintf(remark, sizeof(remark), "%s%s", ends[r->end], r->end == RT_TUNE_SLOW ? "" : r->text);
-    print_row(s, name, r, r->end == RT_TUNE_RIGHT ? ratio(s, r, &s->base) - 1 : 0, remark);
+    print_row(s, c->step, r, r->end == RT_TUNE_RIGHT ? ratio(s, r, &s->base) - 1 : 0, remark);
     return 0;
 }
 
-/* The candidate values of knob K as "KEY=VALUE"; returns how many. */
-static int list_values(const struct search *s, int k, char (*text)[64])
+/* The first of VALUES for KEYS, as choices: of A/B and 1/2,3/4 it is "A=1 B=2". */
+static void pair_up(const char *keys, const char *values, char *out)
 {
-    static const int more[] = { -1, -2, -4, 1, 2 };
-    const char *at = s->knob[k].values, *key = s->knob[k].key;
+    const char *blank = "";
+
+    for (; *keys; blank = " ") {
+        const int key = (int) strcspn(keys, "/"), value = (int) strcspn(values, "/,");
+
+        out += sprintf(out, "%s%.*s=%.*s", blank, key, keys, value, values);
+        keys += key + (keys[key] == '/');
+        values += value + (values[value] == '/');
+    }
+}
+
+/* The candidate values of knob K, as choices; returns how many. */
+static int list_values(const struct search *s, const struct knob *k, char (*step)[MAX_TEXT])
+{
+    static const int more[] = { -1, -2, -3, 1, 2 };
+    const char *at = k->values;
     int n = 0;
 
     if (!at) {
         for (size_t i = 0; i < sizeof(more) / sizeof(more[0]); i++)
             if (s->plan.groups + more[i] > 0)
-                snprintf(text[n++], 64, "%s=%d", key, (s->plan.groups + more[i]) * s->plan.group);
+                sprintf(step[n++], "%s=%d", k->keys, (s->plan.groups + more[i]) * s->plan.group);
         return n;
     }
     while (*at && n < MAX_VALUES) {
-        const int len = (int) strcspn(at, ",");
-
-        snprintf(text[n++], 64, "%s=%.*s", key, len, at);
-        at += len + (at[len] == ',');
+        pair_up(k->keys, at, step[n++]);
+        at += strcspn(at, ",");
+        at += *at == ',';
     }
     return n;
 }
 
-/* Plans that differ from the best in knob K and were not tried: their choices to TEXT, themselves to
-   PLANS, of which there is room for ROOM <= MAX_VALUES.  Returns how many. */
-static int list_candidates(struct search *s, int k, char (*text)[64], struct gen_plan *plans, int room)
+/* Make C the plan with STEP over the choices BASE.  Is there one, and was it not tried? */
+static int make_candidate(struct search *s, const char *base, const char *step, struct candidate *c)
 {
-    const int values = list_values(s, k, text);
+    struct mk_err ignored;
+
+    if (strlen(base) + strlen(step) + 2 > MAX_TEXT)
+        return 0;
+    strcpy(c->step, step);
+    take_step(base, step, c->choices);
+    return make_plan(s, c->choices, &c->plan, &ignored) == 0 && is_new(s, &c->plan);
+}
+
+/* Plans that differ from the best in knob K and were not tried, to C, where there is room for
+   ROOM <= MAX_VALUES.  Returns how many. */
+static int list_candidates(struct search *s, const struct knob *k, struct candidate *c, int room)
+{
+    char step[MAX_VALUES][MAX_TEXT];
+    const int values = list_values(s, k, step);
     int n = 0;
 
-    for (int i = 0; i < values && n < room; i++) {
-        const char **set = make_set(s, k, text[i]);
-        struct mk_err ignored;
-
-        if (set && make_plan(s, set, &plans[n], &ignored) == 0 && is_new(s, &plans[n]))
-            memmove(text[n++], text[i], sizeof(*text));
-        free(set);
-    }
+    for (int i = 0; i < values && n < room; i++)
+        n += make_candidate(s, s->moved, step[i], &c[n]);
     return n;
 }
 
-static void compile(struct search *s, const struct gen_plan *plans, int n, double deadline)
+static void compile(struct search *s, const struct candidate *c, int n)
 {
     const struct gen_plan *list[MAX_VALUES];
 
     for (int i = 0; i < n; i++)
-        list[i] = &plans[i];
-    rt_tune_compile(s->t, list, n, s->o->jobs, deadline);
+        list[i] = &c[i].plan;
+    rt_tune_compile(s->t, list, n, s->o->jobs, s->end);
 }
 
-/* Compile the N candidates of knob K, in PLANS, and where jobs are left those of the next knobs,
+/* Compile the N candidates of knob K, and where jobs are left those of the next knobs,
    which are not tried yet and will be wanted unless this one improves something. */
-static void compile_ahead(struct search *s, int k, struct gen_plan *plans, int n)
+static void compile_ahead(struct search *s, int k, struct candidate *c, int n)
 {
     const int tried = s->n_tried, room = s->o->jobs < MAX_VALUES ? s->o->jobs : MAX_VALUES;
-    char text[MAX_VALUES][64];
 
     for (int next = k + 1; n && next < s->n_knobs && n < room; next++)
-        n += list_candidates(s, next, text, plans + n, room - n);
+        n += list_candidates(s, &s->knob[next], c + n, room - n);
     s->n_tried = tried;
-    compile(s, plans, n, s->end);
+    compile(s, c, n);
 }
 
-/* Try every value of knob K; *IMPROVED: one was better. */
-static int search_knob(struct search *s, int k, int *improved, struct mk_err *err)
+/* Try N candidates, whose kernels are there, while there is time; *IMPROVED: one was better. */
+static int try_all(struct search *s, const struct candidate *c, int n, int *improved,
+                   struct mk_err *err)
 {
-    struct gen_plan *plans = calloc(MAX_VALUES, sizeof(*plans));
-    char text[MAX_VALUES][64];
-    int n, rc = 0;
+    int rc = 0;
 
-    if (!plans)
-        return gen_fail(err, MK_ENOMEM, "not enough memory");
-    n = list_candidates(s, k, text, plans, MAX_VALUES);
-    compile_ahead(s, k, plans, n);
     for (int i = 0; rc >= 0 && i < n && rt_tune_now() < s->end; i++) {
-        const char **set = make_set(s, k, text[i]);
         struct rt_tune_result r;
 
-        rc = set ? try_candidate(s, set, text[i], &r, err)
-                 : gen_fail(err, MK_ENOMEM, "not enough memory");
-        free(set);
+        rc = try_candidate(s, &c[i], &r, err);
         if (rc == 1) {
-            snprintf(s->moved[k], sizeof(s->moved[k]), "%s", text[i]);
-            s->plan = plans[i];
+            strcpy(s->moved, c[i].choices);
+            s->plan = c[i].plan;
             s->best = r;
             s->better++;
             *improved = 1;
         }
     }
-    free(plans);
     return rc < 0 ? rc : 0;
 }
 
-/* Rounds over all knobs, until one brings nothing or the time is over. */
+/* The user's candidates, each over the default plan. */
+static int search_tries(struct search *s, struct candidate *c, struct mk_err *err)
+{
+    int n = 0, improved;
+
+    for (int i = 0; i < s->o->tries.n; i++)
+        n += make_candidate(s, "", s->o->tries.item[i], &c[n]);
+    compile(s, c, n);
+    return try_all(s, c, n, &improved, err);
+}
+
+/* Every value of knob K, also when those before it were worse. */
+static int search_knob(struct search *s, int k, struct candidate *c, int *improved,
+                       struct mk_err *err)
+{
+    const int n = list_candidates(s, &s->knob[k], c, MAX_VALUES);
+
+    compile_ahead(s, k, c, n);
+    return try_all(s, c, n, improved, err);
+}
+
+/* The user's candidates, then rounds over all knobs, until one brings nothing or the time is over. */
 static int search_all(struct search *s, struct mk_err *err)
 {
-    int rc = 0, improved = 1;
+    struct candidate *c = calloc(MAX_VALUES, sizeof(*c));
+    int rc, improved = 1;
 
+    if (!c)
+        return gen_fail(err, MK_ENOMEM, "not enough memory");
+    rc = search_tries(s, c, err);
     while (rc == 0 && improved && rt_tune_now() < s->end) {
         improved = 0;
         for (int k = 0; rc == 0 && k < s->n_knobs && rt_tune_now() < s->end; k++)
-            rc = search_knob(s, k, &improved, err);
+            rc = search_knob(s, k, c, &improved, err);
     }
+    free(c);
     return rc;
 }
 
 /* ---- Before the search ---- */
 
-static int add_knob(struct search *s, const char *key, const char *values)
+/* A knob, unless the user has set what it would change. */
+static void add_knob(struct search *s, const char *keys, const char *values)
 {
-    const size_t n = strlen(key);
+    for (int i = 0; i < s->o->set.n; i++)
+        if (has_key(keys, s->o->set.item[i]))
+            return;
+    s->knob[s->n_knobs++] = (struct knob) { keys, values };
+}
 
-    for (int i = 0; i < s->o->set.n; i++)       /* fixed by the user */
-        if (!strncmp(s->o->set.item[i], key, n) && s->o->set.item[i][n] == '=')
-            return 0;
-    s->knob[s->n_knobs++] = (struct knob) { key, values };
+static int is_plan_key(const char *word)
+{
+    const size_t n = strcspn(word, "/");
+    const char *line;
+
+    for (int i = 0; (line = gen_plan_key(i)); i++)
+        if (strcspn(line, " ") == n && !memcmp(line, word, n))
+            return 1;
     return 0;
 }
 
-/* --knob KEY or KEY=A,B. */
+static int count(const char *text, char wanted)
+{
+    int n = 0;
+
+    for (; *text; text++)
+        n += *text == wanted;
+    return n;
+}
+
+static int check_knob(const char *keys, const char *values)
+{
+    for (const char *at = keys; at; at = strchr(at, '/'), at += at != NULL)
+        if (!is_plan_key(at))
+            return cli_usage("--knob: '%.*s' is no plan choice (mkgen --list-keys)",
+                             (int) strcspn(at, "/"), at);
+    if (!values)
+        return cli_usage("--knob: %s needs values, like %s=A,B", keys, keys);
+    if (count(values, ',') >= MAX_VALUES)
+        return cli_usage("--knob: %s has more than %d values", keys, MAX_VALUES);
+    if (count(values, '/') != count(keys, '/') * (count(values, ',') + 1))
+        return cli_usage("--knob: %s=%s: a value is not for as many choices", keys, values);
+    return 0;
+}
+
+/* --knob KEYS or KEYS=A,B. */
 static int add_asked_knob(struct search *s, const char *item)
 {
-    char *key = s->knob_text[s->n_knobs], *values, found[64];
-    int i = 0, n = 1;
+    char *keys = s->knob_text[s->n_knobs], *values;
+    int i = 0, rc;
 
-    if (snprintf(key, sizeof(s->knob_text[0]), "%s", item) >= (int) sizeof(s->knob_text[0]))
+    if (snprintf(keys, sizeof(s->knob_text[0]), "%s", item) >= (int) sizeof(s->knob_text[0]))
         return cli_usage("--knob: '%.40s...' is too long", item);
-    values = strchr(key, '=');
+    values = strchr(keys, '=');
     if (values)
         *values++ = 0;
-    while (i < N_KNOBS && strcmp(all_knobs[i].key, key))
+    while (i < N_KNOBS && strcmp(all_knobs[i].keys, keys))
         i++;
-    choice(&s->plan, key, found, sizeof(found));
-    if (!*found)
-        return cli_usage("--knob: '%s' is no plan choice (mkgen --list-keys)", key);
-    for (const char *c = values; c && *c; c++)
-        n += *c == ',';
-    if (n > MAX_VALUES)
-        return cli_usage("--knob: %s has more than %d values", key, MAX_VALUES);
-    if (!values && i == N_KNOBS)
-        return cli_usage("--knob: %s needs values, like %s=A,B", key, key);
-    return add_knob(s, key, values ? values : all_knobs[i].values);
+    if (!values && i < N_KNOBS) {
+        add_knob(s, keys, all_knobs[i].values);
+        return 0;
+    }
+    rc = check_knob(keys, values);
+    if (!rc)
+        add_knob(s, keys, values);
+    return rc;
+}
+
+/* Do groups help others at a position that is timed? */
+static int has_teams(const struct search *s)
+{
+    int has = 0;
+
+    for (int i = 0; i < s->o->tune.n_pos; i++)
+        has |= s->plan.team > 1 && s->o->tune.pos[i] >= s->plan.team_from;
+    return has;
 }
 
 static int choose_knobs(struct search *s)
@@ -525,21 +659,42 @@ static int choose_knobs(struct search *s)
     for (int i = 0; !rc && i < s->o->knobs.n; i++)
         rc = add_asked_knob(s, s->o->knobs.item[i]);
     for (int i = 0; !s->o->knobs.n && i < N_KNOBS; i++)
-        add_knob(s, all_knobs[i].key, all_knobs[i].values);
+        if (strcmp(all_knobs[i].keys, "team_from") || has_teams(s))
+            add_knob(s, all_knobs[i].keys, all_knobs[i].values);
     return rc;
+}
+
+/* A candidate of the user's that is no plan is known before minutes of measuring. */
+static int check_tries(const struct search *s)
+{
+    static const char option[] = "--set: ";     /* what a plan takes choices for */
+    struct gen_plan plan;
+    struct mk_err err;
+
+    for (int i = 0; i < s->o->tries.n; i++) {
+        const char *item = s->o->tries.item[i], *why = err.text;
+
+        if (strlen(item) >= MAX_TRY)
+            return cli_usage("--try: '%.40s...' is too long", item);
+        if (make_plan(s, item, &plan, &err)) {
+            why += strncmp(why, option, strlen(option)) ? 0 : strlen(option);
+            return cli_usage("--try '%s': %s", item, why);
+        }
+    }
+    return 0;
 }
 
 /* The default plan: what it makes is checked, and is what the others are compared with. */
 static int measure_default(struct search *s, struct mk_err *err)
 {
-    const char **set = make_set(s, -1, NULL);
-    int rc = set ? make_plan(s, set, &s->plan, err) : gen_fail(err, MK_ENOMEM, "not enough memory");
+    const struct gen_plan *plan = &s->plan;
+    struct set set;
+    int rc;
 
-    if (rc == 0 && is_new(s, &s->plan)) {
-        compile(s, &s->plan, 1, HUGE_VAL);
-        rc = rt_tune_run(s->t, set, RT_TUNE_AS_REFERENCE, NULL, HUGE_VAL, &s->base, err);
-    }
-    free(set);
+    is_new(s, plan);            /* not again */
+    make_set(s, "", &set);
+    rt_tune_compile(s->t, &plan, 1, 1, HUGE_VAL);
+    rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_REFERENCE, NULL, HUGE_VAL, &s->base, err);
     if (rc == 0 && s->base.end != RT_TUNE_RIGHT)
         rc = gen_fail(err, MK_EDEVICE, "the default plan %s: %s",
                       s->base.end == RT_TUNE_WRONG ? "is wrong" : "cannot be measured", s->base.text);
@@ -550,15 +705,42 @@ static int measure_default(struct search *s, struct mk_err *err)
 
 /* ---- The plan file ---- */
 
-/* TEXT without what would end a line, and of a length that a plan file can have. */
+/* Where in WORD an absolute path begins, or its end. */
+static const char *find_absolute(const char *word)
+{
+    const size_t n = strcspn(word, "/");
+
+    return n == 0 || word[n - 1] == '=' || (n == 2 && *word == '-') ? word + n : word + strlen(word);
+}
+
+/* The last name of PATH. */
+static const char *skip_folders(const char *path)
+{
+    for (const char *slash; (slash = strchr(path, '/')) && slash[1];)
+        path = slash + 1;
+    return path;
+}
+
+/* FROM .. TO without what would end a line, and no more than *LEFT. */
+static void put_text(FILE *f, const char *from, const char *to, int *left)
+{
+    for (; from < to && *left > 0; from++, --*left)
+        fputc(isprint((unsigned char) *from) ? *from : '?', f);
+}
+
+/* A command, of a length that a plan file can have.  Where its files were is of no use elsewhere. */
 static void put_words(FILE *f, int n, char **words)
 {
     int left = 400;
 
     for (int i = 0; i < n; i++) {
-        fputc(' ', f);
-        for (const char *c = words[i]; *c && left > 0; c++, left--)
-            fputc(isprint((unsigned char) *c) ? *c : '?', f);
+        const char *path = find_absolute(words[i]), *quote = strchr(words[i], ' ') ? "\"" : "";
+
+        fprintf(f, " %s", quote);
+        put_text(f, words[i], path, &left);
+        path = skip_folders(path);
+        put_text(f, path, path + strlen(path), &left);
+        fputs(quote, f);
     }
     fputc('\n', f);
 }
@@ -589,38 +771,33 @@ static void put_provenance(FILE *f, const struct search *s)
     put_words(f, s->o->argc, s->o->argv);
 }
 
-/* Was KEY moved by the search? */
-static int is_moved(const struct search *s, const char *key)
+/* Does KEY stand in the file?  What the user set or the search moved, and all of the table; of the
+   numbers of CTAs and of positions that the plan finds by itself neither: parts of one product hold
+   different numbers of clusters. */
+static int is_put(const struct search *s, const char *key)
 {
-    for (int i = 0; i < s->n_knobs; i++)
-        if (!strcmp(s->knob[i].key, key))
-            return *s->moved[i] != 0;
-    return 0;
+    int put = has_key(s->moved, key);
+
+    for (int i = 0; i < s->o->set.n; i++)
+        put |= has_key(s->o->set.item[i], key);
+    for (int i = 0; i < N_KNOBS; i++)
+        put |= has_key(all_knobs[i].keys, key) && !has_key("ctas team_from", key);
+    return put;
 }
 
-/* Every knob of the table as it is in the plan, and what the user set or added.  Not the number of
-   CTAs that the plan finds by itself: parts of one product hold different numbers of clusters. */
 static void put_choices(FILE *f, const struct search *s)
 {
-    char value[64];
+    const char *line;
 
     fprintf(f, "\n[choices]\n");
-    for (int i = 0; i < N_KNOBS; i++) {
-        choice(&s->plan, all_knobs[i].key, value, sizeof(value));
-        if (strcmp(all_knobs[i].key, "ctas") || is_moved(s, "ctas"))
-            fprintf(f, "%s = %s\n", all_knobs[i].key, value);
-    }
-    for (int i = 0; i < s->n_knobs; i++) {
-        int known = 0;
+    for (int i = 0; (line = gen_plan_key(i)); i++) {
+        char key[64], value[64];
 
-        for (int j = 0; j < N_KNOBS; j++)
-            known |= !strcmp(all_knobs[j].key, s->knob[i].key);
-        choice(&s->plan, s->knob[i].key, value, sizeof(value));
-        if (!known && *s->moved[i])
-            fprintf(f, "%s = %s\n", s->knob[i].key, value);
+        snprintf(key, sizeof(key), "%.*s", (int) strcspn(line, " "), line);
+        choice(&s->plan, key, value, sizeof(value));
+        if (is_put(s, key))
+            fprintf(f, "%s = %s\n", key, value);
     }
-    for (int i = 0; i < s->o->set.n; i++)
-        fprintf(f, "%s\n", s->o->set.item[i]);
 }
 
 static int write_plan(const struct search *s, struct cli_file *out)
@@ -635,34 +812,26 @@ static int write_plan(const struct search *s, struct cli_file *out)
 /* Back to the default plan. */
 static int take_default(struct search *s, struct mk_err *err)
 {
-    const char **set;
-    int rc;
-
-    memset(s->moved, 0, sizeof(s->moved));
+    *s->moved = 0;
     s->best = s->base;
     s->better = 0;
-    set = make_set(s, -1, NULL);
-    rc = set ? make_plan(s, set, &s->plan, err) : gen_fail(err, MK_ENOMEM, "not enough memory");
-    free(set);
-    return rc;
+    return make_plan(s, "", &s->plan, err);
 }
 
 /* Default and best plan once more, the best against the C reference too: these are the figures
    of the file.  A gain that does not hold now is none. */
 static int measure_again(struct search *s, struct mk_err *err)
 {
-    const char **set = make_set(s, -1, NULL);
     const double deadline = rt_tune_now() + 4 * s->patience;
     struct rt_tune_result best, base;
-    int rc = set ? 0 : gen_fail(err, MK_ENOMEM, "not enough memory");
+    struct set set;
+    int rc;
 
+    make_set(s, s->moved, &set);
+    rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_BOTH, NULL, deadline, &best, err);
+    make_set(s, "", &set);
     if (rc == 0)
-        rc = rt_tune_run(s->t, set, RT_TUNE_AS_BOTH, NULL, deadline, &best, err);
-    if (rc == 0) {
-        set[s->o->set.n] = NULL;        /* what is moved stands behind what the user set */
-        rc = rt_tune_run(s->t, set, RT_TUNE_AS_OTHERS, NULL, deadline, &base, err);
-    }
-    free(set);
+        rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_OTHERS, NULL, deadline, &base, err);
     if (rc)
         return rc;
     if (base.end != RT_TUNE_RIGHT)
@@ -686,13 +855,17 @@ static int tune(struct search *s, struct cli_file *out)
     char name[160];
     int rc;
 
+    rc = make_plan(s, "", &s->plan, &err);
+    if (rc)
+        return cli_error(&err);
+    rc = choose_knobs(s);
+    if (!rc)
+        rc = check_tries(s);
+    if (rc)
+        return rc;
     if (s->table)
         print_head(s);
     rc = measure_default(s, &err);
-    if (rc == 0)
-        rc = choose_knobs(s);
-    if (rc > 0)
-        return rc;
     if (rc == 0) {
         print_row(s, "default", &s->base, 0, "");
         s->end -= 2 * s->base.seconds;  /* for the end */
@@ -771,6 +944,7 @@ int main(int argc, char **argv)
     if (rc == 0)
         rc = run(&o);
     free(o.set.item);
+    free(o.tries.item);
     free(o.knobs.item);
     free(argv_copy);
     return cli_end(rc < 0 ? CLI_OK : rc);
