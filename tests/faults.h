@@ -422,7 +422,7 @@ static const struct fault {
     {9, 10, 1, "the sampler reads logits that another warp has not written yet",
      {"logits-not-awaited", {{"    consumer_barrier(); // the logits are written\n", "", 1}}}},
     {3, 20, 0, "a stage counts as landed in the phase before",
-     {"ring-phase", {{"mbarrier_test_wait(full, use & 1)", "mbarrier_test_wait(full, (use + 1) & 1)", 1}}}},
+     {"ring-phase", {{"mbarrier_try_wait(full, use & 1)", "mbarrier_try_wait(full, (use + 1) & 1)", 1}}}},
     {3, 0, 0, "columns behind the last one of x are not zero",
      {"x-not-padded", {{"i < X_COLS; i += blockDim.x)", "i < D; i += blockDim.x)", 1}}}},
     {0, 0, 0, "values of positions that are not there are multiplied, by zero",
