@@ -84,12 +84,12 @@ static const struct work work[MK_LAP_COUNT] = {
     [MK_LAP_PART] = {590, 46},   /* of a head; each: warp that has attended */
     [MK_LAP_PART_HOP] = {100, 0},
     [MK_LAP_MERGE] = {290, 45}, /* each: rank that has tiles */
-    [MK_LAP_O] = {0, 740},      /* each: set of pairs */
+    [MK_LAP_O] = {0, 740},      /* each: trip to the ring, of each set of pairs */
     [MK_LAP_O_SUMS] = {520, 0},
     [MK_LAP_O_X] = {1250, 0},
     [MK_LAP_MLP] = {0, 960}, /* each: round of blocks */
     [MK_LAP_MLP_HOP] = {560, 0},
-    [MK_LAP_DOWN] = {0, 690}, /* each: set of pairs */
+    [MK_LAP_DOWN] = {0, 690}, /* each: the same */
     [MK_LAP_DOWN_SUMS] = {520, 0},
     [MK_LAP_DOWN_X] = {880, 0},
     [MK_LAP_HEAD] = {0, 960}, /* each: round of blocks */
@@ -98,6 +98,8 @@ static const struct work work[MK_LAP_COUNT] = {
 
 /* A matrix split by rows of which a CTA has none. */
 enum { EMPTY_CALL = 170 };
+/* What a lap itself takes, with timing=on. */
+enum { LAP = 170 };
 
 /* A GPU that was not measured has the first one's cycles, and as large a part of its data sheet's
    clock and bandwidth. */
@@ -141,6 +143,7 @@ struct sim {
     const struct gen_plan *p;
     struct rates r;
     int pos, far, half;        /* far: helpers help */
+    double lap;                /* cycles that a stage takes to be timed */
     double chunk, ring;        /* bytes that a chunk and the ring hold */
     double rate[2][GEN_KINDS]; /* in each half: bytes a cycle that a CTA's producer brings */
     double kv_rate;            /* the same of the cache, of which as much is in flight as the ring holds */
@@ -179,9 +182,9 @@ static double flying_rate(const struct sim *s, int n)
 static void spend_at(const struct sim *s, struct lane *lane, int stage, double work_cycles,
                      double bytes, double rate)
 {
-    const double late =
-        bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - work_cycles) : 0;
-    const double all = work_cycles + late;
+    const double busy = work_cycles + s->lap;
+    const double late = bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - busy) : 0;
+    const double all = busy + late;
 
     lane->ahead = min_of(s->ring, lane->ahead + rate * all - bytes);
     lane->now += all;
@@ -193,7 +196,7 @@ static void spend_at(const struct sim *s, struct lane *lane, int stage, double w
 static void spend_kv(const struct sim *s, struct lane *lane, int stage, double work_cycles, double bytes)
 {
     const double missing = max_of(0, bytes - lane->ahead), coming = missing / s->kv_rate;
-    const double late = max_of(0, coming - work_cycles), all = work_cycles + late;
+    const double busy = work_cycles + s->lap, late = max_of(0, coming - busy), all = busy + late;
     const double behind = s->rate[s->half][lane->kind] * (all - coming);
 
     lane->ahead = min_of(s->ring, lane->ahead + missing - bytes + behind);
@@ -305,14 +308,24 @@ static void rows(const struct sim *s, struct lane *lane, int stage, int blocks)
           bytes);
 }
 
+/* Units that columns() of head.cu.m4 takes from the ring at once, of a phase that has SPAN in a chunk. */
+static int units_at_once(const struct gen_plan *p, int span)
+{
+    const int o = p->phase[GEN_O].span_units, down = p->phase[GEN_DOWN].span_units;
+    const int most = o > down ? o : down, fit = p->stages < 8 ? 2 : 4;
+
+    return span * (fit * most <= 8 ? fit : most <= 4 ? 2 : 1);
+}
+
 /* UNITS of a matrix that is split by columns. */
 static void columns(const struct sim *s, struct lane *lane, int stage, int units)
 {
+    const int span = s->p->phase[stage == MK_LAP_O ? GEN_O : GEN_DOWN].span_units;
     const double bytes = dealt(s->p->pairs, 1, s->p->group, lane->rank) * 1024.0 * units;
+    const double trips = s->p->sets * ceil_div(units, units_at_once(s->p, span));
 
     if (units)
-        spend(s, lane, stage, max_of(work[stage].each * s->p->sets, bytes / s->r.smem_bytes),
-              bytes);
+        spend(s, lane, stage, max_of(work[stage].each * trips, bytes / s->r.smem_bytes), bytes);
 }
 
 /* KV heads to which LANE attends: its own, or as a helper another's. */
@@ -509,6 +522,7 @@ void gen_predict(const struct gen_plan *p, int pos, struct gen_prediction *out)
     struct sim s = {.p = p, .pos = pos, .far = p->team > 1 && pos >= p->team_from, .chunk = p->phase[GEN_HEAD].span_units * 512.0};
 
     memset(out, 0, sizeof *out);
+    s.lap = p->timing ? LAP : 0;
     s.ring = p->stages * s.chunk;
     s.r = rates_of(&p->gpu, &out->measured);
     out->from = s.r.gpu;

@@ -6,6 +6,7 @@
      t-engine                                    all of it
      t-engine MODEL SETTINGS [DEVICE [SHAPE]]    one world
      t-engine --compare                          the GPU's logits against those of the emulated GPU
+     t-engine --gpu=I/N                          the I-th of N parts of what runs on the GPU
    Exit 77 with neither device. */
 #include "config.h"
 
@@ -1217,8 +1218,9 @@ static void test_host(void)
     had = NULL;
 }
 
-/* Groups and clusters as the plan likes them, and others that every GPU takes. */
-static void test_gpu(void)
+/* Groups and clusters as the plan likes them, and others that every GPU takes.  Of N parts, which may run at once,
+   number PART; the last one ends with a hang, and no context outlives that. */
+static void test_gpu(int part, int n)
 {
     static const struct setup worlds[] = {
         {"gpu", "toy/toy-qwen3", "", NULL},
@@ -1252,10 +1254,12 @@ static void test_gpu(void)
     };
     static const struct setup hang = {"gpu", "toy/toy-qwen3", "fault=hang", NULL};
 
-    for (int i = 0; i < COUNT(worlds); i++)
+    for (int i = part; i < COUNT(worlds); i += n)
         test_world(&worlds[i]);
-    for (int i = 0; i < COUNT(shapes); i++)
+    for (int i = part; i < COUNT(shapes); i += n)
         test_shape(&shapes[i]);
+    if (part < n - 1)
+        return;
     test_same(same, COUNT(same));
     test_laps(&same[3]); /* the one with timing=on */
     test_hang(&hang);
@@ -1275,6 +1279,7 @@ int main(int argc, char **argv)
 {
     struct mk_err no_gpu, no_host;
     const int gpu = is_there("gpu", &no_gpu), host = is_there("host", &no_host);
+    int part, parts;
     char path[256];
 
     if (argc > 2) {
@@ -1288,6 +1293,10 @@ int main(int argc, char **argv)
         test_compare(COMPARED);
         return check_done();
     }
+    if (argc == 2 && sscanf(argv[1], "--gpu=%d/%d", &part, &parts) == 2 && part > 0 && part <= parts) {
+        test_gpu(part - 1, parts);
+        return check_done();
+    }
     if (!gpu && !host)
         SKIP("%s; %s", no_gpu.text, no_host.text);
     if (host)
@@ -1297,7 +1306,7 @@ int main(int argc, char **argv)
     if (gpu && host)
         test_compare(COMPARED_ALWAYS);
     if (gpu)
-        test_gpu(); /* the last: it ends with a hang, and no context outlives that */
+        test_gpu(0, 1);
     else
         printf("the GPU's half is skipped: %s\n", no_gpu.text);
     return check_done();
