@@ -75,8 +75,8 @@ static const int samplers[] = {GEN_GREEDY, GEN_SAMPLE, GEN_SAMPLE | GEN_TOP_K,
 
 /* ---- Who knows what ------------------------------------------------------------ */
 
-/* 4 kinds of groups x 2 of each x 2 ranks of each. */
-enum { MOST_ACTORS = 16, MOST_PLACES = 8, MOST_BUFFERS = 2, MOST_USES = 192 };
+/* Up to 10 groups, see choose_actors, and 2 ranks of each. */
+enum { MOST_ACTORS = 20, MOST_PLACES = 10, MOST_BUFFERS = 2, MOST_USES = 192 };
 
 /* A stage at work; they count from 1. */
 struct use {
@@ -124,18 +124,27 @@ static int first(int bits)
     return __builtin_ctz((unsigned) bits);
 }
 
-/* Where words of ACTOR that reach REACH meet those who wait for them.  Groups of no team are none's. */
+/* Where words of ACTOR that reach REACH meet those who wait for them. */
 static int place_of(const struct state *s, int reach, int actor)
 {
-    const int head = s->group[actor] % s->p->model.K, in_team = s->kind[actor] & ATTEND;
+    int of = actor; /* of its team's group with the head */
 
-    return reach == GEN_TO_GROUP  ? actor / s->ranks
-           : reach == GEN_TO_RANK ? actor % s->ranks
-           : reach == GEN_TO_TEAM ? in_team && head < MOST_PLACES - 1 ? head : MOST_PLACES - 1
-                                  : 0;
+    while (reach == GEN_TO_TEAM && s->kind[actor] & GEN_HELPS && of > 0 &&
+           s->group[of] != s->group[actor] % s->p->model.K)
+        of--;
+    return reach == GEN_TO_RANK ? actor % s->ranks : reach == GEN_TO_ALL ? 0 : of / s->ranks;
 }
 
-/* Two groups of each kind that the plan has, if there are two, and two ranks of each. */
+static int is_chosen(const struct state *s, int group)
+{
+    for (int a = 0; a < s->actors; a++)
+        if (s->group[a] == group)
+            return 1;
+    return 0;
+}
+
+/* Two groups of each kind that the plan has, if there are two, the first helper of each of those with heads, and two
+   ranks of each. */
 static void choose_actors(struct state *s)
 {
     int found[GEN_KINDS_OF_GROUPS] = {0};
@@ -144,8 +153,11 @@ static void choose_actors(struct state *s)
     for (const struct gen_class *c = s->p->cls; c < s->p->cls + s->p->n_classes; c++) {
         const int has = (c->heads ? GEN_HEADS : 0) | (c->units ? GEN_UNITS : 0);
         for (int g = c->first; g < c->first + c->groups; g++) {
-            const int kind = has | (!c->heads && g < s->p->model.K * s->p->team ? GEN_HELPS : 0);
-            for (int rank = 0; rank < s->ranks && found[kind] < 2; rank++) {
+            const int K = s->p->model.K, helps = !c->heads && g < K * s->p->team;
+            const int kind = has | (helps ? GEN_HELPS : 0);
+            if (found[kind] >= 2 && !(helps && g < 2 * K && is_chosen(s, g % K)))
+                continue;
+            for (int rank = 0; rank < s->ranks; rank++) {
                 s->kind[s->actors] = kind;
                 s->group[s->actors++] = g;
             }
@@ -293,10 +305,11 @@ static int wait_for(struct state *s, int a, int now, int hop, int until, struct 
     const int missing = from & ~(s->use[at->use].tag == tag ? at->senders : 0);
     struct buffer *b = &s->buffer[hop][tag % h->buffers];
 
-    if (!from && h->reach == GEN_TO_TEAM) /* its helpers are none of the actors */
-        return 0;
     if (missing || !from)
         return fail_wait(s, hop, a, now, missing);
+    if (!(s->kind[a] & h->to)) /* and check_reuse would not ask what it has read */
+        return gen_fail(s->err, MK_EINVAL, "plan: hop %s is not for %s, which waits for it in %s", h->name,
+                        cta_text(s, a).of, s->use[now].stage->name);
     if (h->sure != GEN_SOME_RANKS)
         learn(to, &at->told);
     else
@@ -475,6 +488,19 @@ static int check_classes(const struct gen_plan *p, struct mk_err *err)
     NEED(c[-1].units > 0,
          "hop DOWN: CTAs wait for group %d, which has no MLP unit and sends nothing: deadlock",
          group - 1);
+    return 0;
+}
+
+/* Far on, every CTA of a team has a tile of the one head. */
+static int check_team(const struct gen_plan *p, struct mk_err *err)
+{
+    NEED(p->team > 0 && p->team * p->model.K <= (p->team > 1 ? p->groups : INT_MAX),
+         "%d KV heads and teams of %d groups; there are %d groups", p->model.K, p->team, p->groups);
+    NEED(p->team == 1 || (p->cluster && p->most_heads == 1),
+         "teams of %d groups, which are no clusters or have several heads", p->team);
+    NEED(p->team == 1 || p->team_from / p->kv_tile + 1 >= p->team * p->group,
+         "team_from is %d; not all of %d CTAs have a tile of %d positions there", p->team_from,
+         p->team * p->group, p->kv_tile);
     return 0;
 }
 
@@ -673,7 +699,7 @@ int gen_plan_check(const struct gen_plan *p, struct mk_err *err)
     NEED(p->epoch0 > 0 && p->epoch0 <= INT_MAX && tags < INT_MAX,
          "epoch0 is %u and a launch takes %lld tags; tags must be 1..%d", p->epoch0,
          (long long) tags, INT_MAX);
-    if (check_classes(p, err) || check_pairs(p, err) || check_ring(p, err) ||
+    if (check_classes(p, err) || check_pairs(p, err) || check_team(p, err) || check_ring(p, err) ||
         check_exchange(p, err))
         return MK_EINVAL;
     return gen_graph_check(p, &gen_graph, err);

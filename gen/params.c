@@ -301,6 +301,8 @@ static void dump_groups(FILE *f, const struct gen_plan *p)
     }
     fprintf(f, "pairs = %d (%d of a rank, %d sets of %d)\nKV tile = %d\n", p->pairs, p->rank_pairs,
             p->sets, p->set_pairs, p->kv_tile);
+    if (p->team > 1)
+        fprintf(f, "teams = %d of %d groups, from %d on; then a hop more\n", p->model.K, p->team, p->team_from);
 }
 
 static void dump_tables(FILE *f, const struct gen_plan *p)

@@ -500,7 +500,8 @@ static int long_chunk(const struct gen_plan *p)
     return block < LONG_BLOCK ? CHUNK : ceil_div(units, ceil_div(block, LONG_BLOCK)) * 512;
 }
 
-/* As few as need no more turns than MOST, of a block's units and of a rank's pairs: they meet the sooner. */
+/* As few as need no more turns than MOST, of a block's units and of a rank's pairs: they meet the sooner.  (Tiles of
+   64 positions keep 4 or 8 busy: in a long context Qwen2.5-0.5B would be 2 % faster with 8 than with 7.) */
 static int choose_warps(const struct gen_plan *p, int most)
 {
     const int units = ceil_div(p->model.D, 32);

@@ -57,7 +57,7 @@ struct gen_plan {
     int chunk_bytes;        /* a chunk is at most this long */
     int stages;             /* ring stages */
     int inflight;           /* chunks in flight at most */
-    int inflight_heads;     /* the same of what only groups with KV heads read */
+    int inflight_heads;     /* the same of q, k, v and O */
     int inflight_hop;       /* the same while a hop is awaited */
     int team_from;          /* first position of launches in which groups without KV heads help; 0: never */
     int unroll_layers;      /* 0: list of calls, 1: loop, 2: all inline */

@@ -353,15 +353,13 @@ t_if(PLAN_CLUSTER > 1, {|    await_landing(QKV_HERE, heads * (RATIO + 2) * E * 4
     take_chunks(chunk);
 }
 
-t_if(PLAN_TEAM > 1, {|// Of pair PAIR of a head's outputs, what a group has found, OUT, whose exponents have the sum 2^MASS, goes to the group
-// that has the head: each rank sends some.
-constexpr int TEAM_WORDS = RATIO * E / 2; // of a helper
+t_if(PLAN_TEAM > 1, {|constexpr int TEAM_WORDS = RATIO * E / 2; // of a helper: a pair of outputs each, and the logarithm of their mass
 static __device__ __forceinline__ Word *team_hop(int member)
 {
     return S->args.exchange + HOP_TEAM + (head_group() * (TEAM - 1) + member - 1) * TEAM_WORDS;
 }
 
-// OUT and MASS, of pair PAIR, with what the helpers have found.
+// Add to OUT, pair PAIR of the head's outputs, what the helpers have found.  MASS: log2 of the sum of OUT's exponentials.
 static __device__ __forceinline__ void add_helpers(float (&out)[2], float mass, int pair, u32 tag)
 {
     Word w[TEAM - 1];

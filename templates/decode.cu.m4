@@ -100,9 +100,9 @@ static __device__ __noinline__ void feed_columns(const unsigned char *src, int u
     }
 }
 
-// My tiles of the cache of each of the group's heads, as many at once as there are stages: all else waits for them, and
-// no hop through L2 is near.  The rows before this token are there: a whole
-// token's chunks, more than the ring has, went through it since the last one was written.
+// My tiles of the cache of each of the group's heads, as many at once as there are stages: all else waits for them.  The
+// rows before this token are there: a whole token's chunks, more than the ring has, went through it since the last one
+// was written.
 static __device__ __noinline__ void feed_kv(int layer)
 {
     const Share mine = share_of(head_group());
@@ -264,8 +264,8 @@ t_if(PLAN_CLUSTER > 1, {|    cluster_arrive(); // before others push to what the
 }
 
 // Run up to args.n tokens from args.token at position args.pos on, feeding each token back; or
-// those of args.tokens, when it is given.  No value lives across a call here: the stages have all
-// registers to themselves, and nothing is spilled.
+// those of args.tokens, when it is given.  No value lives across the call of a stage: each has all
+// registers to itself, and nothing is spilled.
 extern "C" __global__ void __launch_bounds__(PLAN_BLOCK_THREADS, 1)
 mk_decode(const __grid_constant__ mk_args args)
 {

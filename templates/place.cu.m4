@@ -5,7 +5,7 @@ t_section({|Places: who has which weights, and where|})
 // 128 bytes each, what one ldmatrix.x4 reads.  Tile j has columns 2 j and 2 j + 1 of each 8 of
 // the 32, so that lane t of 4 multiplies columns 8 t .. 8 t + 7, which lie side by side in x.
 //
-// A stream has what one CTA reads of a token, in that order.  Q, K, V, the MLP's gate and up (their
+// A stream has what one CTA reads of a token, in that order (but see Teams).  Q, K, V, the MLP's gate and up (their
 // blocks in turn) and the head are split by rows: whole blocks, dealt to the ranks of the group (the
 // head: to all CTAs) in turn.  O and DOWN are split by columns, as the group's heads and MLP
 // units are; pairs of rows are dealt to the ranks in turn.  A rank's pairs are a set for each warp once

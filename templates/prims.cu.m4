@@ -47,13 +47,14 @@ static __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
-static __device__ __forceinline__ float log2_approx(float x)
+t_if(PLAN_TEAM > 1, {|static __device__ __forceinline__ float log2_approx(float x)
 {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
+|})m4_dnl
 // Single-copy atomic: all of a word or none of it is seen.  As long as all of it is used: ptxas loads only the parts
 // that are, one by one, and the tag may then be newer than they.
 static __device__ __forceinline__ Word load_word(const Word *p)

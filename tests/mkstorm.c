@@ -58,6 +58,8 @@ static const struct world worlds[] = {
     /* Teams: of three groups, and launches that are near and then far; of two. */
     {"tiny-qwen2", "sm_90", "ctas=6 group=2 warps=4 chunk_bytes=512 team_from=80 tokens_per_launch=3", 79},
     {"tiny-llama", "sm_90", "ctas=4 group=2 warps=4 chunk_bytes=512 team_from=48 unroll_layers=loop", 63},
+    /* Two heads, two helpers and a group of no team; everything inline. */
+    {"tiny-qwen3", "sm_90", "ctas=10 group=2 warps=4 chunk_bytes=512 team_from=48 tokens_per_launch=3 unroll_layers=inline", 47},
     /* As small as can be, for ThreadSanitizer. */
     {"tiny-llama", "sm_75", "ctas=1 warps=4 stages=4", 2},
 };

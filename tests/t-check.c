@@ -33,7 +33,7 @@ static double now_us(void)
 }
 
 /* Not every choice fits every GPU. */
-static int try(const char *model, const char *gpu, const char *const *set, struct gen_plan *p)
+static int try(const char *model, const char *gpu, int context, const char *const *set, struct gen_plan *p)
 {
     struct gen_model m;
     struct gen_gpu g;
@@ -42,12 +42,12 @@ static int try(const char *model, const char *gpu, const char *const *set, struc
     CHECKF((strncmp(gpu, "host:", 5) ? gen_gpu_read(gpu, &g, &err)
                                      : gen_gpu_host(atoi(gpu + 5), &g)) == 0,
            "%s", err.text);
-    return gen_plan_make(&m, &g, 0, NULL, set, p, &err);
+    return gen_plan_make(&m, &g, context < m.max_context ? context : m.max_context, NULL, set, p, &err);
 }
 
 static void make(const char *model, const char *gpu, const char *const *set, struct gen_plan *p)
 {
-    CHECKF(try(model, gpu, set, p) == 0, "%s", err.text);
+    CHECKF(try(model, gpu, 0, set, p) == 0, "%s", err.text);
 }
 
 #define SET(...) ((const char *const[]){__VA_ARGS__, NULL})
@@ -87,14 +87,15 @@ static void test_carried(void)
         {"ctas=12", "chunk_bytes=2048", "stages=2", NULL},
     };
     struct gen_plan p;
-    int misfits = 0;
+    int misfits = 0, teams = 0;
 
     for (int i = 0; gen_model_carried(i); i++)
         for (int j = 0; gen_gpu_profile(j); j++)
             for (size_t s = 0; s < sizeof sets / sizeof *sets; s++)
-                if (try(gen_model_carried(i), gen_gpu_profile(j), sets[s], &p) == 0)
+                if (try(gen_model_carried(i), gen_gpu_profile(j), s ? 0 : 32768, sets[s], &p) == 0) {
                     time_check(&p);
-                else {
+                    teams += p.team > 1;
+                } else {
                     CHECKF(strstr(err.text, " bytes of shared memory"), "%s", err.text);
                     misfits++;
                 }
@@ -103,6 +104,7 @@ static void test_carried(void)
     CHECKF(sum / plans < MOST_MEAN_US, "%.0f us", sum / plans);
     CHECK(misfits * 10 < plans);
     CHECK(kinds[1 + 2] && kinds[4] && kinds[2 + 4]);
+    CHECKF(teams > 10, "%d plans with teams", teams);
 }
 
 /* Those of tests/mkstorm.c, too small for others. */
@@ -356,7 +358,7 @@ static void random_graph(int wrong)
     while (wrong-- > 0) {
         struct gen_stage *g = &sim.stages[random_below(sim.n)], keep = *g;
         struct gen_hop *h = &sim.graph.hops[random_below(HOPS)];
-        switch (random_below(10)) {
+        switch (random_below(11)) {
         case 0:
             *g = g[1].name ? g[1] : *g, g[1] = g[1].name ? keep : g[1];
             break;
@@ -386,6 +388,9 @@ static void random_graph(int wrong)
             break;
         case 9:
             h->from = 1 + random_below(7);
+            break;
+        case 10:
+            h->to = 1 + random_below(7);
             break;
         }
     }
@@ -778,6 +783,11 @@ static void test_team(void)
     /* O tells that all warps have merged. */
     WRONG(apart, sends(GEN_HOP_O)[1].meet = 0,
           TOO_SOON("TEAM", CTA(4, 0, 2), "layer l+1's", "attn_merge", CTA(0, 0, 0), "layer l's", "attn_merge"));
+    WRONG(all, graph.hops[GEN_HOP_COUNT].to = 0,
+          "plan: hop COUNT is not for " CTA(0, 0, 0) ", which waits for it in count_digit");
+    SPOILED(all, p.team = 4, "plan: 2 KV heads and teams of 4 groups; there are 6 groups");
+    SPOILED(all, p.cluster = 0, "plan: teams of 3 groups, which are no clusters or have several heads");
+    SPOILED(all, p.team_from = 319, "plan: team_from is 319; not all of 6 CTAs have a tile of 64 positions there");
     SPOILED(all, p.hop_words[GEN_HOP_TEAM]--,
             "plan: hop TEAM: its 12 CTAs send and await 896 words, and it has 895");
 }

@@ -1018,6 +1018,28 @@ static void refused(const char *model, const char *gpu, int context, const char 
     CHECK_STR(err.text, message);
 }
 
+/* Warps and chunks by the shape of a block. */
+static void test_blocks(void)
+{
+    static const struct {
+        const char *model;
+        int warps, chunk;
+    } want[] = {
+        {"smollm2-135m", 6, 16384}, {"qwen2.5-0.5b", 7, 16384}, {"qwen3-0.6b", 8, 16384},  {"llama-3.2-1b", 8, 16384},
+        {"llama-3.2-3b", 8, 24576}, {"qwen3-4b", 8, 40960},     {"qwen2.5-7b", 8, 28672}, {"qwen3-8b", 8, 32768},
+    };
+    static struct gen_plan p;
+    struct gen_model m;
+    struct gen_gpu g;
+
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        get(want[i].model, "h200", &m, &g);
+        CHECKF(make(&m, &g, 0, NULL, NULL, &p) == 0, "%s", err.text);
+        CHECKF(p.warps == want[i].warps && p.chunk_bytes == want[i].chunk, "%s: %d warps, chunks of %d", m.name, p.warps,
+               p.chunk_bytes);
+    }
+}
+
 /* Who helps whom, and from where on. */
 static void test_team(void)
 {
@@ -1256,6 +1278,7 @@ int main(void)
     snprintf(plan_file, sizeof plan_file, "%s/a.plan", dir);
     test_files();
     test_round_trip();
+    test_blocks();
     test_team();
     test_settings();
     test_group_settings();
