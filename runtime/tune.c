@@ -19,6 +19,7 @@
 #include "runtime/device.h"
 #include "runtime/key.h"
 #include "runtime/tune.h"
+#include "runtime/verdict.h"
 
 enum { TICK_MS = 100, MAX_RUNS = 1000 };
 

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "runtime/tune.h"
+#include "runtime/verdict.h"
 
 enum { POS = 3, N = 4 };
 

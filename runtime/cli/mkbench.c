@@ -8,6 +8,7 @@
 #include "runtime/abi.h"
 #include "runtime/bench.h"
 #include "runtime/cli/cli.h"
+#include "runtime/verdict.h"
 
 static const char help[] =
     "Usage: mkbench MODEL [OPTION]...\n"
