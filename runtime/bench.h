@@ -39,10 +39,10 @@ int rt_bench_open(const char *where, int context, const struct rt_bench_options 
                   struct rt_bench **out, struct mk_err *err);
 void rt_bench_close(struct rt_bench *b);
 
-/* Seconds from nothing to a first token, in this order. */
+/* Seconds from nothing to a first token. */
 struct rt_bench_start {
     double driver;              /* initialised, the device opened */
-    double weights;             /* read or made, and packed */
+    double weights;             /* read or made before that, packed after the kernel is there */
     double kernel;              /* found or compiled, and loaded: see kernel_from */
     double buffers;             /* plan, cache of keys and values, tables */
     double token;               /* the first one, at position 0 */

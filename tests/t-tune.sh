@@ -140,6 +140,8 @@ tune 2 --try 'warps=6 nonsense=1'
 has "^mktune: --try 'warps=6 nonsense=1': unknown plan key \"nonsense\" (mkgen --list-keys)\$" err
 tune 2 --try 'warps=6' --try 'inflight=1 inflight_hop=2'
 has "^mktune: --try 'inflight=1 inflight_hop=2': plan: inflight is 1, " err
+tune 2 --set warps=4 --try 'warps=6 inflight=1'
+has "^mktune: --try 'warps=6 inflight=1': --set warps=4 holds for all candidates$" err
 [ ! -s out ] || fail "a bad candidate was found late: $(cat out)"
 tune 1 --set stages=1000
 has '^mktune: --set: stages is "1000"' err

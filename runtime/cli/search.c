@@ -40,6 +40,8 @@ const struct search_knob *search_knob(int i)
 static const struct { const char *key, *derived; } derivations[] = {
     { "chunk_bytes", "stages inflight inflight_heads inflight_hop team_from" },
     { "group", "ctas team_from" },
+    { "cluster", "ctas team_from" },
+    { "ctas", "team_from" },
 };
 enum { N_DERIVATIONS = sizeof(derivations) / sizeof(derivations[0]) };
 
@@ -406,10 +408,12 @@ static int add_asked_knob(struct search *s, const char *item)
 /* Do groups help others at a position that is timed? */
 static int has_teams(const struct search *s)
 {
+    const struct gen_plan *p = &s->plan;
+    const int team = p->cluster ? p->groups / p->model.K : 1, first = (team * p->group - 1) * p->kv_tile;
     int has = 0;
 
     for (int i = 0; i < s->o->tune.n_pos; i++)
-        has |= s->plan.team > 1 && s->o->tune.pos[i] >= s->plan.team_from;
+        has |= team > 1 && s->o->tune.pos[i] >= first;
     return has;
 }
 
@@ -437,6 +441,9 @@ static int check_tries(const struct search *s)
 
         if (strlen(item) >= MAX_TRY)
             return cli_usage("--try: '%.40s...' is too long", item);
+        for (int j = 0; j < s->o->set.n; j++)
+            if (search_has_key(item, s->o->set.item[j]))
+                return cli_usage("--try '%s': --set %s holds for all candidates", item, s->o->set.item[j]);
         if (make_plan(s, item, &plan, &err)) {
             why += strncmp(why, option, strlen(option)) ? 0 : strlen(option);
             return cli_usage("--try '%s': %s", item, why);

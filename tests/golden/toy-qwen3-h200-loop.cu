@@ -36,7 +36,7 @@ constexpr int THREADS = 256; // of the consumer warps
 constexpr int STAGES = 12; // of the ring
 constexpr int STAGE_BYTES = 16384;
 constexpr int INFLIGHT = 4; // chunks on their way at most
-constexpr int INFLIGHT_HEADS = 12; // the same of what only groups with KV heads read
+constexpr int INFLIGHT_HEADS = 12; // the same of q, k, v and O
 constexpr int INFLIGHT_HOP = 2; // the same while a hop through L2 is awaited
 constexpr int ROUND = 10; // blocks between two barriers
 constexpr int KV_TILE = 64; // positions of a tile of the KV cache
@@ -201,13 +201,6 @@ static __device__ __forceinline__ float exp2_approx(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-static __device__ __forceinline__ float log2_approx(float x)
-{
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -456,7 +449,7 @@ static __device__ __forceinline__ bool mbarrier_try_wait_cluster(u64 *b, u32 par
 // 128 bytes each, what one ldmatrix.x4 reads.  Tile j has columns 2 j and 2 j + 1 of each 8 of
 // the 32, so that lane t of 4 multiplies columns 8 t .. 8 t + 7, which lie side by side in x.
 //
-// A stream has what one CTA reads of a token, in that order.  Q, K, V, the MLP's gate and up (their
+// A stream has what one CTA reads of a token, in that order (but see Teams).  Q, K, V, the MLP's gate and up (their
 // blocks in turn) and the head are split by rows: whole blocks, dealt to the ranks of the group (the
 // head: to all CTAs) in turn.  O and DOWN are split by columns, as the group's heads and MLP
 // units are; pairs of rows are dealt to the ranks in turn.  A rank's pairs are a set for each warp once
@@ -889,7 +882,7 @@ static __device__ __forceinline__ float warp_sum(float value)
 // This plan has none: a head's positions are dealt to the ranks of the group that has it.
 static __device__ __forceinline__ int head_group() { return my_group(); }
 static __device__ __forceinline__ int dealt_to() { return GROUP; }
-static __device__ __forceinline__ int turns(int tiles) { return tiles / GROUP; }
+static __device__ __forceinline__ int rounds_of(int tiles) { return tiles / GROUP; }
 static __device__ __forceinline__ int my_place() { return my_rank(); }
 
 static __device__ __forceinline__ int my_heads() { return share_of(head_group()).heads; }
@@ -897,13 +890,13 @@ static __device__ __forceinline__ int my_heads() { return share_of(head_group())
 // The tiles that this CTA has of each of its heads, up to the one of position POS.
 static __device__ __forceinline__ int my_tiles(int pos)
 {
-    return turns(pos / KV_TILE - my_place() + dealt_to());
+    return rounds_of(pos / KV_TILE - my_place() + dealt_to());
 }
 
 // Has this CTA the tile of position POS itself?
 static __device__ __forceinline__ bool has_tile(int pos)
 {
-    return pos / KV_TILE - turns(pos / KV_TILE) * dealt_to() == my_place();
+    return pos / KV_TILE - rounds_of(pos / KV_TILE) * dealt_to() == my_place();
 }
 
 // ---- Matrix x vector, from the ring --------------------------------------------------
@@ -2183,9 +2176,9 @@ static __device__ __noinline__ void feed_columns(const unsigned char *src, int u
     }
 }
 
-// My tiles of the cache of each of the group's heads, as many at once as there are stages: all else waits for them, and
-// no hop through L2 is near.  The rows before this token are there: a whole
-// token's chunks, more than the ring has, went through it since the last one was written.
+// My tiles of the cache of each of the group's heads, as many at once as there are stages: all else waits for them.  The
+// rows before this token are there: a whole token's chunks, more than the ring has, went through it since the last one
+// was written.
 static __device__ __noinline__ void feed_kv(int layer)
 {
     const Share mine = share_of(head_group());
@@ -2311,8 +2304,8 @@ static __device__ __forceinline__ void start(const mk_args &args)
 }
 
 // Run up to args.n tokens from args.token at position args.pos on, feeding each token back; or
-// those of args.tokens, when it is given.  No value lives across a call here: the stages have all
-// registers to themselves, and nothing is spilled.
+// those of args.tokens, when it is given.  No value lives across the call of a stage: each has all
+// registers to itself, and nothing is spilled.
 extern "C" __global__ void __launch_bounds__(320, 1)
 mk_decode(const __grid_constant__ mk_args args)
 {
