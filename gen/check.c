@@ -47,9 +47,11 @@ static const struct gen_stage stages[] = {
     {"add_norm(O)", GEN_ALWAYS, GEN_ANY, 0, O, X_O, X_O, AFTER_DOWN, LAYER, 1, GEN_NEAR_FAR},
     {"rows(MLP)", GEN_ALWAYS, GEN_UNITS, 0, NONE, MLP, NONE, AFTER_O, LAYER, 1, GEN_NEAR_FAR},
     {"columns(DOWN)", GEN_ALWAYS, GEN_UNITS, 0, MLP, DOWN, NONE, 0, LAYER, 1, GEN_NEAR_FAR},
-    {"add_norm(DOWN)", GEN_ALWAYS, GEN_ANY, 0, DOWN, X_DOWN, X_DOWN, AFTER_O, LAYER, 1, GEN_NEAR_FAR},
+    {"add_norm(DOWN)", GEN_ALWAYS, GEN_ANY, 0, DOWN, X_DOWN, X_DOWN, AFTER_O, LAYER, 1,
+     GEN_NEAR_FAR},
     {"rows(HEAD)", GEN_ALWAYS, GEN_ANY, 0, NONE, NONE, NONE, AFTER_DOWN, 0, 1, GEN_NEAR_FAR},
-    {"grid_best", GEN_GREEDY | GEN_TOP_K | GEN_TOP_P, GEN_ANY, 1, NONE, BEST, BEST, 0, 0, 1, GEN_NEAR_FAR},
+    {"grid_best", GEN_GREEDY | GEN_TOP_K | GEN_TOP_P, GEN_ANY, 1, NONE, BEST, BEST, 0, 0, 1,
+     GEN_NEAR_FAR},
     {"count_digit", GEN_TOP_K, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 1, 8, GEN_NEAR_FAR},
     {"count_digit", GEN_TOP_P, GEN_ANY, 1, NONE, COUNT, COUNT, 0, 9, 8, GEN_NEAR_FAR},
     {"grid_best", GEN_SAMPLE, GEN_ANY, 1, NONE, BEST, BEST, 0, 17, 1, GEN_NEAR_FAR},
@@ -308,8 +310,8 @@ static int wait_for(struct state *s, int a, int now, int hop, int until, struct 
     if (missing || !from)
         return fail_wait(s, hop, a, now, missing);
     if (!(s->kind[a] & h->to)) /* and check_reuse would not ask what it has read */
-        return gen_fail(s->err, MK_EINVAL, "plan: hop %s is not for %s, which waits for it in %s", h->name,
-                        cta_text(s, a).of, s->use[now].stage->name);
+        return gen_fail(s->err, MK_EINVAL, "plan: hop %s is not for %s, which waits for it in %s",
+                        h->name, cta_text(s, a).of, s->use[now].stage->name);
     if (h->sure != GEN_SOME_RANKS)
         learn(to, &at->told);
     else
@@ -389,8 +391,7 @@ static int check_tokens(struct state s, int sampler, int far, int tokens, int la
     for (int token = 0; token < tokens; token++)
         for (int layer = 0; layer <= layers; layer++)
             for (const struct gen_stage *g = s.graph->stages; g->name; g++)
-                if (g->when & sampler && g->where & where &&
-                    add_uses(&s, g, token, layer, layers))
+                if (g->when & sampler && g->where & where && add_uses(&s, g, token, layer, layers))
                     return MK_EINVAL;
     for (int now = 1; now <= s.uses; now++)
         if (run_use(&s, now))
@@ -574,7 +575,8 @@ static int check_stream(const struct gen_plan *p, const struct gen_class *c, str
 
 /* Chunks of a token's weights that CTA reads when it attends to HEADS heads, the last one of class C: the fewest of
    the class. */
-static int64_t fewest_chunks(const struct gen_plan *p, const struct gen_class *c, int heads, int cta)
+static int64_t fewest_chunks(const struct gen_plan *p, const struct gen_class *c, int heads,
+                             int cta)
 {
     const struct gen_model *m = &p->model;
     const struct gen_phase *f = p->phase;

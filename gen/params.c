@@ -13,7 +13,7 @@
 enum { LAYER_HOPS = 7 };
 
 static const char *const phase_names[GEN_PHASES] = {"QKV", "O", "MLP", "DOWN", "HEAD"};
-static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "MLP",  "X",   "TEAM",
+static const char *const hop_names[GEN_HOPS] = {"QKV", "PART", "MLP",  "X",    "TEAM",
                                                 "O",   "DOWN", "BEST", "COUNT"};
 
 static void put_int(FILE *f, const char *name, long long value)
@@ -275,9 +275,10 @@ static void dump_choices(FILE *f, const struct gen_plan *p)
     fprintf(f, "ctas = %d\ngroup = %d\ncluster = %s\nbalance = %d\nwarps = %d\n", p->ctas, p->group,
             p->cluster ? "cluster" : "l2", p->balance, p->warps);
     fprintf(f, "chunk_bytes = %d\nstages = %d\n", p->chunk_bytes, p->stages);
-    fprintf(f, "inflight = %d\ninflight_heads = %d\ninflight_hop = %d\nteam_from = %d\n", p->inflight,
-            p->inflight_heads, p->inflight_hop, p->team_from);
-    fprintf(f, "round_blocks = %d\ntokens_per_launch = %d\n", p->round_blocks, p->tokens_per_launch);
+    fprintf(f, "inflight = %d\ninflight_heads = %d\ninflight_hop = %d\nteam_from = %d\n",
+            p->inflight, p->inflight_heads, p->inflight_hop, p->team_from);
+    fprintf(f, "round_blocks = %d\ntokens_per_launch = %d\n", p->round_blocks,
+            p->tokens_per_launch);
     fprintf(f, "prefill_ctas = %d\nprefill_tokens = %d\n", p->prefill_ctas, p->prefill_tokens);
     fprintf(f, "gemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n", p->gemm_m, p->gemm_n,
             p->gemm_k, p->gemm_stages);
@@ -302,7 +303,8 @@ static void dump_groups(FILE *f, const struct gen_plan *p)
     fprintf(f, "pairs = %d (%d of a rank, %d sets of %d)\nKV tile = %d\n", p->pairs, p->rank_pairs,
             p->sets, p->set_pairs, p->kv_tile);
     if (p->team > 1)
-        fprintf(f, "teams = %d of %d groups, from %d on; then a hop more\n", p->model.K, p->team, p->team_from);
+        fprintf(f, "teams = %d of %d groups, from %d on; then a hop more\n", p->model.K, p->team,
+                p->team_from);
 }
 
 static void dump_tables(FILE *f, const struct gen_plan *p)

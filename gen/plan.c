@@ -321,7 +321,8 @@ static void plan_hops(struct gen_plan *p)
         [GEN_HOP_MLP] = inner * groups * p->most_units * 4 * 3,
         /* after O, after DOWN: rows, and a sum of squares of each warp */
         [GEN_HOP_X] = inner * 2 * groups * (p->pairs * 6 + p->group * p->warps),
-        [GEN_HOP_TEAM] = m->K * (p->team - 1) * (m->H / m->K) * (m->E / 2), /* of a helper two values each */
+        [GEN_HOP_TEAM] =
+            m->K * (p->team - 1) * (m->H / m->K) * (m->E / 2), /* of a helper two values each */
         [GEN_HOP_O] = sums,
         [GEN_HOP_DOWN] = sums,
         [GEN_HOP_BEST] = p->ctas,
@@ -558,7 +559,9 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
 {
     while (plan_sizes(p), stages_that_fit(p) < FEW_STAGES && shrink_decode(p, set))
         ;
-    if (!gen_keys_has(set, AT(team_from))) /* twice a tile for each CTA: before, a hop more costs as much as it gains */
+    if (!gen_keys_has(
+            set,
+            AT(team_from))) /* twice a tile for each CTA: before, a hop more costs as much as it gains */
         p->team_from = p->team > 1 ? 2 * p->team * p->group * p->kv_tile : 0;
     if (p->team_from == 0 || p->team_from >= p->context)
         p->team = 1, plan_hops(p);
@@ -567,7 +570,8 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
         p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
     }
     if (!gen_keys_has(set, AT(inflight)))
-        p->inflight = max_int(1, min_int(p->stages, (INFLIGHT_BYTES + p->stage_bytes / 2) / p->stage_bytes));
+        p->inflight =
+            max_int(1, min_int(p->stages, (INFLIGHT_BYTES + p->stage_bytes / 2) / p->stage_bytes));
     if (!gen_keys_has(set, AT(inflight_heads))) { /* few groups have as many in flight as otherwise all */
         const int heads = min_int(p->groups, p->model.K), few = heads * 2 < p->groups;
         p->inflight_heads = few ? min_int(p->stages, p->inflight * p->groups / heads) : p->inflight;
@@ -649,14 +653,16 @@ static int check_choices(const struct gen_plan *p, struct mk_err *err)
                         "stages %d, stages and inflight",
                         p->inflight, p->inflight_heads, p->inflight_hop, p->stages);
     if (p->team_from && most_team(p) == 1)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: team_from is %d; only groups that are clusters help, and only when there are twice as "
-                        "many as KV heads: here %d and %d",
-                        p->team_from, p->groups, p->model.K);
+        return gen_fail(
+            err, MK_EINVAL,
+            "plan: team_from is %d; only groups that are clusters help, and only when there are twice as "
+            "many as KV heads: here %d and %d",
+            p->team_from, p->groups, p->model.K);
     if (p->team > 1 && p->team_from / p->kv_tile + 1 < p->team * p->group)
-        return gen_fail(err, MK_EINVAL,
-                        "plan: team_from is %d; %d CTAs that share tiles of %d positions have one each from %d on",
-                        p->team_from, p->team * p->group, p->kv_tile, (p->team * p->group - 1) * p->kv_tile);
+        return gen_fail(
+            err, MK_EINVAL,
+            "plan: team_from is %d; %d CTAs that share tiles of %d positions have one each from %d on",
+            p->team_from, p->team * p->group, p->kv_tile, (p->team * p->group - 1) * p->kv_tile);
     if (p->fault && p->ctas < 2)
         return gen_fail(err, MK_EINVAL,
                         "plan: fault needs 2 ctas: one that hangs and one that reports it");

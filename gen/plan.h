@@ -16,8 +16,18 @@
 #include "gen/model.h"
 
 enum gen_phase_id { GEN_QKV, GEN_O, GEN_MLP, GEN_DOWN, GEN_HEAD, GEN_PHASES };
-enum gen_hop_id { GEN_HOP_QKV, GEN_HOP_PART, GEN_HOP_MLP, GEN_HOP_X, GEN_HOP_TEAM,
-                  GEN_HOP_O, GEN_HOP_DOWN, GEN_HOP_BEST, GEN_HOP_COUNT, GEN_HOPS };
+enum gen_hop_id {
+    GEN_HOP_QKV,
+    GEN_HOP_PART,
+    GEN_HOP_MLP,
+    GEN_HOP_X,
+    GEN_HOP_TEAM,
+    GEN_HOP_O,
+    GEN_HOP_DOWN,
+    GEN_HOP_BEST,
+    GEN_HOP_COUNT,
+    GEN_HOPS
+};
 
 /* QKV, MLP and HEAD are split by rows: a CTA multiplies blocks.  O and DOWN are split by columns,
    as heads and MLP units are: it multiplies a part of the columns of its pairs. */
@@ -59,7 +69,7 @@ struct gen_plan {
     int inflight;           /* chunks in flight at most */
     int inflight_heads;     /* the same of q, k, v and O */
     int inflight_hop;       /* the same while a hop is awaited */
-    int team_from;          /* first position of launches in which groups without KV heads help; 0: never */
+    int team_from; /* first position of launches in which groups without KV heads help; 0: never */
     int unroll_layers;      /* 0: list of calls, 1: loop, 2: all inline */
     int tokens_per_launch;  /* K */
     int round_blocks;       /* blocks of a phase between two barriers */
@@ -73,7 +83,7 @@ struct gen_plan {
     /* Derived. */
     int family;             /* primitives: 75, 80 or 90 */
     int groups;             /* ctas / group */
-    int team;               /* groups that share a head's positions from TEAM_FROM on: 1 + helpers */
+    int team; /* groups that share a head's positions from TEAM_FROM on: 1 + helpers */
     int kv_tile;            /* positions of a tile of the KV cache */
     int pairs;              /* pairs of D rows: ceil(D / 16), dealt to the ranks in turn */
     int rank_pairs;         /* most pairs of a rank */

@@ -146,7 +146,7 @@ struct sim {
     double lap;                /* cycles that a stage takes to be timed */
     double chunk, ring;        /* bytes that a chunk and the ring hold */
     double rate[2][GEN_KINDS]; /* in each half: bytes a cycle that a CTA's producer brings */
-    double kv_rate;            /* the same of the cache, of which as much is in flight as the ring holds */
+    double kv_rate; /* the same of the cache, of which as much is in flight as the ring holds */
     struct lane lane[LANES];
     int n;
 };
@@ -193,7 +193,8 @@ static void spend_at(const struct sim *s, struct lane *lane, int stage, double w
 }
 
 /* The same of BYTES of the cache, which come at a rate of their own; what is brought behind them does not. */
-static void spend_kv(const struct sim *s, struct lane *lane, int stage, double work_cycles, double bytes)
+static void spend_kv(const struct sim *s, struct lane *lane, int stage, double work_cycles,
+                     double bytes)
 {
     const double missing = max_of(0, bytes - lane->ahead), coming = missing / s->kv_rate;
     const double busy = work_cycles + s->lap, late = max_of(0, coming - busy), all = busy + late;
@@ -519,7 +520,10 @@ static void take_means(const struct sim *s, struct gen_prediction *out)
 
 void gen_predict(const struct gen_plan *p, int pos, struct gen_prediction *out)
 {
-    struct sim s = {.p = p, .pos = pos, .far = p->team > 1 && pos >= p->team_from, .chunk = p->phase[GEN_HEAD].span_units * 512.0};
+    struct sim s = {.p = p,
+                    .pos = pos,
+                    .far = p->team > 1 && pos >= p->team_from,
+                    .chunk = p->phase[GEN_HEAD].span_units * 512.0};
 
     memset(out, 0, sizeof *out);
     s.lap = p->timing ? LAP : 0;

@@ -33,7 +33,8 @@ static double now_us(void)
 }
 
 /* Not every choice fits every GPU. */
-static int try(const char *model, const char *gpu, int context, const char *const *set, struct gen_plan *p)
+static int try(const char *model, const char *gpu, int context, const char *const *set,
+               struct gen_plan *p)
 {
     struct gen_model m;
     struct gen_gpu g;
@@ -42,7 +43,8 @@ static int try(const char *model, const char *gpu, int context, const char *cons
     CHECKF((strncmp(gpu, "host:", 5) ? gen_gpu_read(gpu, &g, &err)
                                      : gen_gpu_host(atoi(gpu + 5), &g)) == 0,
            "%s", err.text);
-    return gen_plan_make(&m, &g, context < m.max_context ? context : m.max_context, NULL, set, p, &err);
+    return gen_plan_make(&m, &g, context < m.max_context ? context : m.max_context, NULL, set, p,
+                         &err);
 }
 
 static void make(const char *model, const char *gpu, const char *const *set, struct gen_plan *p)
@@ -92,7 +94,8 @@ static void test_carried(void)
     for (int i = 0; gen_model_carried(i); i++)
         for (int j = 0; gen_gpu_profile(j); j++)
             for (size_t s = 0; s < sizeof sets / sizeof *sets; s++)
-                if (try(gen_model_carried(i), gen_gpu_profile(j), s ? 0 : 32768, sets[s], &p) == 0) {
+                if (try(gen_model_carried(i), gen_gpu_profile(j), s ? 0 : 32768, sets[s], &p) ==
+                    0) {
                     time_check(&p);
                     teams += p.team > 1;
                 } else {
@@ -137,7 +140,8 @@ static struct sim {
     struct gen_plan p;
     struct gen_graph graph;
     struct gen_stage stages[MOST_STAGES];
-    int n, ctas, far, kind[MOST_CTAS], rows[HOPS]; /* rows: ranks that have words, of GEN_SOME_RANKS */
+    int n, ctas, far, kind[MOST_CTAS],
+        rows[HOPS]; /* rows: ranks that have words, of GEN_SOME_RANKS */
     struct {
         const struct gen_stage *stage;
         int tag;
@@ -173,9 +177,10 @@ static int reaches(const struct gen_hop *h, int from, int to)
 {
     const int g = sim.p.group;
 
-    return h->reach == GEN_TO_TEAM ? from / g % sim.p.model.K == to / g
-                                   : h->reach == GEN_TO_ALL ||
-                                         (h->reach == GEN_TO_GROUP ? from / g == to / g : from % g == to % g);
+    return h->reach == GEN_TO_TEAM
+               ? from / g % sim.p.model.K == to / g
+               : h->reach == GEN_TO_ALL ||
+                     (h->reach == GEN_TO_GROUP ? from / g == to / g : from % g == to % g);
 }
 
 /* Does every word of HOP that CTA waits for have TAG?  A later one is lost. */
@@ -309,8 +314,7 @@ static void unroll(int sampler)
             for (const struct gen_stage *g = sim.stages; g->name; g++)
                 for (int i = 0; i < g->times; i++)
                     if (g->when & sampler && g->where & (sim.far ? GEN_FAR : GEN_NEAR) &&
-                        (g->tag == GEN_LAYER_TAG) == (layer < L) &&
-                        sim.uses < MOST_USES) {
+                        (g->tag == GEN_LAYER_TAG) == (layer < L) && sim.uses < MOST_USES) {
                         sim.use[sim.uses].stage = g;
                         sim.use[sim.uses++].tag = 1 + token * MK_TOKEN_TAGS(L) + layer +
                                                   (g->tag == GEN_LAYER_TAG ? 0 : g->tag) + i;
@@ -704,7 +708,8 @@ static void test_deadlocks(void)
     WRONG(both, stages[16].tag = -2, "plan: grid_best uses tag L-2 of a token, which has L+32");
     WRONG(both, append(*sends(GEN_HOP_O)),
           "plan: hop O: columns(O) sends with tag 0 behind columns(O) with tag 0");
-    WRONG(both, stages[14].times = 99, "plan: count_digit uses tag L+99 of a token, which has L+32");
+    WRONG(both, stages[14].times = 99,
+          "plan: count_digit uses tag L+99 of a token, which has L+32");
     /* What is sent must be awaited. */
     WRONG(both, sends(GEN_HOP_DOWN)->wait = GEN_NO_HOP, UNREAD("MLP", CTA(0, 0, 0), "rows(MLP)"));
     WRONG(both, sends(GEN_HOP_X_O)->then = GEN_NO_HOP, UNREAD("X[0]", CTA(0, 0, 0), "add_norm(O)"));
@@ -775,19 +780,25 @@ static void test_team(void)
     CHECK(all.team == 3 && all.cls[0].units && apart.team == 3 && !apart.cls[0].units);
     RIGHT(all, (void) 0);
     RIGHT(apart, (void) 0);
-    WRONG(all, sends(GEN_HOP_TEAM)->send = GEN_NO_HOP, WAITS("TEAM", CTA(0, 0, 0), "attn_merge", "nobody sends"));
-    WRONG(all, sends(GEN_HOP_TEAM)[1].then = GEN_NO_HOP, UNREAD("TEAM", CTA(0, 0, 0), "attn_merge"));
+    WRONG(all, sends(GEN_HOP_TEAM)->send = GEN_NO_HOP,
+          WAITS("TEAM", CTA(0, 0, 0), "attn_merge", "nobody sends"));
+    WRONG(all, sends(GEN_HOP_TEAM)[1].then = GEN_NO_HOP,
+          UNREAD("TEAM", CTA(0, 0, 0), "attn_merge"));
     WRONG(all, sends(GEN_HOP_TEAM)->who = GEN_HEADS,
           "plan: hop TEAM: nobody waits for what " CTA(0, 0, 0) " sends in attn_merge");
-    WRONG(all, sends(GEN_HOP_QKV)[1].who = GEN_HEADS, WAITS("QKV", CTA(4, 0, 2), "attn", "nobody sends"));
+    WRONG(all, sends(GEN_HOP_QKV)[1].who = GEN_HEADS,
+          WAITS("QKV", CTA(4, 0, 2), "attn", "nobody sends"));
     /* O tells that all warps have merged. */
     WRONG(apart, sends(GEN_HOP_O)[1].meet = 0,
-          TOO_SOON("TEAM", CTA(4, 0, 2), "layer l+1's", "attn_merge", CTA(0, 0, 0), "layer l's", "attn_merge"));
+          TOO_SOON("TEAM", CTA(4, 0, 2), "layer l+1's", "attn_merge", CTA(0, 0, 0), "layer l's",
+                   "attn_merge"));
     WRONG(all, graph.hops[GEN_HOP_COUNT].to = 0,
           "plan: hop COUNT is not for " CTA(0, 0, 0) ", which waits for it in count_digit");
     SPOILED(all, p.team = 4, "plan: 2 KV heads and teams of 4 groups; there are 6 groups");
-    SPOILED(all, p.cluster = 0, "plan: teams of 3 groups, which are no clusters or have several heads");
-    SPOILED(all, p.team_from = 319, "plan: team_from is 319; not all of 6 CTAs have a tile of 64 positions there");
+    SPOILED(all, p.cluster = 0,
+            "plan: teams of 3 groups, which are no clusters or have several heads");
+    SPOILED(all, p.team_from = 319,
+            "plan: team_from is 319; not all of 6 CTAs have a tile of 64 positions there");
     SPOILED(all, p.hop_words[GEN_HOP_TEAM]--,
             "plan: hop TEAM: its 12 CTAs send and await 896 words, and it has 895");
 }
@@ -886,9 +897,11 @@ static void test_describe(void)
     describes(&p, -1, p.hop_offset[GEN_HOP_COUNT] - 1, "word 13847, between two hops");
     describes(&p, -1, 0, "hop O word 0 (buffer 0, values 0..2), sent by CTA 0 (rank 0 of group 0)");
     make("qwen2.5-0.5b", "h200", SET("group=2", "ctas=12"), &p);
-    describes(&p, GEN_HOP_TEAM, 3 * 224 + 32 * 6 + 31,
-              "hop TEAM word 895 (head 13, dimensions 62 and 63), sent by CTA 11 (rank 1 of group 5)");
-    describes(&p, GEN_HOP_TEAM, 224, "hop TEAM word 224 (head 0, dimensions 0 and 1), sent by CTA 8 (rank 0 of group 4)");
+    describes(
+        &p, GEN_HOP_TEAM, 3 * 224 + 32 * 6 + 31,
+        "hop TEAM word 895 (head 13, dimensions 62 and 63), sent by CTA 11 (rank 1 of group 5)");
+    describes(&p, GEN_HOP_TEAM, 224,
+              "hop TEAM word 224 (head 0, dimensions 0 and 1), sent by CTA 8 (rank 0 of group 4)");
 }
 
 int main(void)

@@ -880,33 +880,16 @@ static void check_round_trip(const struct gen_plan *p)
 
 static void test_round_trip(void)
 {
-    static const char *const all[] = {"ctas=20",
-                                      "group=5",
-                                      "cluster=l2",
-                                      "balance=77",
-                                      "warps=5",
-                                      "chunk_bytes=2048",
-                                      "stages=5",
-                                      "inflight=4",
-                                      "inflight_heads=3",
-                                      "inflight_hop=2",
-                                      "round_blocks=4",
-                                      "tokens_per_launch=3",
-                                      "prefill_ctas=19",
-                                      "prefill_tokens=48",
-                                      "gemm_m=64",
-                                      "gemm_n=64",
-                                      "gemm_k=32",
-                                      "gemm_stages=3",
-                                      "flash_m=128",
-                                      "flash_n=32",
-                                      "unroll_layers=loop",
-                                      "team_from=0",
-                                      "dtype=fp16",
-                                      "fault=hang",
-                                      "epoch0=2147000000",
-                                      "timing=on",
-                                      NULL};
+    static const char *const all[] = {
+        "ctas=20",           "group=5",           "cluster=l2",
+        "balance=77",        "warps=5",           "chunk_bytes=2048",
+        "stages=5",          "inflight=4",        "inflight_heads=3",
+        "inflight_hop=2",    "round_blocks=4",    "tokens_per_launch=3",
+        "prefill_ctas=19",   "prefill_tokens=48", "gemm_m=64",
+        "gemm_n=64",         "gemm_k=32",         "gemm_stages=3",
+        "flash_m=128",       "flash_n=32",        "unroll_layers=loop",
+        "team_from=0",       "dtype=fp16",        "fault=hang",
+        "epoch0=2147000000", "timing=on",         NULL};
     static struct gen_plan p;
     struct gen_model m;
     struct gen_gpu g;
@@ -1025,8 +1008,9 @@ static void test_blocks(void)
         const char *model;
         int warps, chunk;
     } want[] = {
-        {"smollm2-135m", 6, 16384}, {"qwen2.5-0.5b", 7, 16384}, {"qwen3-0.6b", 8, 16384},  {"llama-3.2-1b", 8, 16384},
-        {"llama-3.2-3b", 8, 24576}, {"qwen3-4b", 8, 40960},     {"qwen2.5-7b", 8, 28672}, {"qwen3-8b", 8, 32768},
+        {"smollm2-135m", 6, 16384}, {"qwen2.5-0.5b", 7, 16384}, {"qwen3-0.6b", 8, 16384},
+        {"llama-3.2-1b", 8, 16384}, {"llama-3.2-3b", 8, 24576}, {"qwen3-4b", 8, 40960},
+        {"qwen2.5-7b", 8, 28672},   {"qwen3-8b", 8, 32768},
     };
     static struct gen_plan p;
     struct gen_model m;
@@ -1035,8 +1019,8 @@ static void test_blocks(void)
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         get(want[i].model, "h200", &m, &g);
         CHECKF(make(&m, &g, 0, NULL, NULL, &p) == 0, "%s", err.text);
-        CHECKF(p.warps == want[i].warps && p.chunk_bytes == want[i].chunk, "%s: %d warps, chunks of %d", m.name, p.warps,
-               p.chunk_bytes);
+        CHECKF(p.warps == want[i].warps && p.chunk_bytes == want[i].chunk,
+               "%s: %d warps, chunks of %d", m.name, p.warps, p.chunk_bytes);
     }
 }
 
@@ -1049,21 +1033,25 @@ static void test_team(void)
 
     get("qwen2.5-0.5b", "h200", &m, &g);
     CHECKF(make(&m, &g, 32768, NULL, NULL, &p) == 0, "%s", err.text);
-    CHECK(p.team == 7 && p.team_from == 2 * 7 * 8 * p.kv_tile && p.hop_words[GEN_HOP_TEAM] == 2 * 6 * 7 * 32);
+    CHECK(p.team == 7 && p.team_from == 2 * 7 * 8 * p.kv_tile &&
+          p.hop_words[GEN_HOP_TEAM] == 2 * 6 * 7 * 32);
     CHECK(make(&m, &g, 4096, NULL, NULL, &p) == 0 && p.team == 1 && !p.hop_words[GEN_HOP_TEAM]);
     CHECK(make(&m, &g, 32768, NULL, SET("team_from=0"), &p) == 0 && p.team == 1);
     CHECK(make(&m, &g, 32768, NULL, SET("team_from=32767"), &p) == 0 && p.team == 7);
     CHECK(make(&m, &g, 32768, NULL, SET("team_from=32768"), &p) == 0 && p.team == 1);
     CHECK(make(&m, &g, 32768, NULL, SET("cluster=l2"), &p) == 0 && p.team == 1 && p.team_from == 0);
     CHECK(make(&m, &g, 4096, NULL, SET("team_from=3520"), &p) == 0 && p.team == 7);
-    refused("qwen2.5-0.5b", "h200", 4096, SET("team_from=3519"),
-            "plan: team_from is 3519; 56 CTAs that share tiles of 64 positions have one each from 3520 on");
-    refused("qwen2.5-0.5b", "h200", 4096, SET("team_from=3520", "cluster=l2"),
-            "plan: team_from is 3520; only groups that are clusters help, and only when there are twice as many as KV "
-            "heads: here 16 and 2");
-    refused("qwen3-0.6b", "h200", 4096, SET("team_from=1"),
-            "plan: team_from is 1; only groups that are clusters help, and only when there are twice as many as KV "
-            "heads: here 15 and 8");
+    refused(
+        "qwen2.5-0.5b", "h200", 4096, SET("team_from=3519"),
+        "plan: team_from is 3519; 56 CTAs that share tiles of 64 positions have one each from 3520 on");
+    refused(
+        "qwen2.5-0.5b", "h200", 4096, SET("team_from=3520", "cluster=l2"),
+        "plan: team_from is 3520; only groups that are clusters help, and only when there are twice as many as KV "
+        "heads: here 16 and 2");
+    refused(
+        "qwen3-0.6b", "h200", 4096, SET("team_from=1"),
+        "plan: team_from is 1; only groups that are clusters help, and only when there are twice as many as KV "
+        "heads: here 15 and 8");
 }
 
 static void test_settings(void)
