@@ -453,7 +453,7 @@ int rt_bench_stages(struct rt_bench *b, int pos, int n, struct rt_bench_stage *o
         out[i] = (struct rt_bench_stage){
             .name = gen_stage_name(i), .per_layer = gen_stage_is_layer(i)
         };
-    gen_predict(b->plan, pos + n / 2, predicted);
+    gen_predict(b->plan, pos < b->plan->team_from ? pos : pos + n / 2, predicted); /* a launch is near or far */
     if (rc == 0)
         rc = rt_session_laps(b->session, laps, err);
     if (rc == 0)

@@ -247,7 +247,7 @@ static __device__ __forceinline__ void mbarrier_arrive(u64 *b)
                  :: "r"(shared_address(b)) : "memory");
 }
 
-// Did the phase of PARITY end?
+t_if(PLAN_FAMILY == 80 || m4_ifdef({|PLAN_ALL_PRIMS|}, 1, 0), {|// Did the phase of PARITY end?
 static __device__ __forceinline__ bool mbarrier_test_wait(u64 *b, u32 parity)
 {
     u32 passed;
@@ -255,7 +255,7 @@ static __device__ __forceinline__ bool mbarrier_test_wait(u64 *b, u32 parity)
                  "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
                  "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(b)), "r"(parity) : "memory");
     return passed;
-}|})
+}|})|})
 
 t_if(PLAN_FAMILY == 80, {|// The earlier copies of this thread arrive at B when they are here.
 static __device__ __forceinline__ void mbarrier_arrive_copied(u64 *b)
@@ -263,7 +263,7 @@ static __device__ __forceinline__ void mbarrier_arrive_copied(u64 *b)
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(b)) : "memory");
 }|})
 
-t_if(PLAN_FAMILY >= 90, {|// The same as test_wait, but waits a little for it.
+t_if(PLAN_FAMILY >= 90, {|// Did the phase of PARITY end?  Sleeps a little until it does.
 static __device__ __forceinline__ bool mbarrier_try_wait(u64 *b, u32 parity)
 {
     u32 passed;

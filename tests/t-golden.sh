@@ -49,14 +49,20 @@ clean()
     esac | head -n 1 | grep -q '^// Kernels of toy-.* Written by mkgen ' || fail "$1: its first line"
 }
 
-# golden MODEL GPU FORM; GPU may be host-sm_XX
+# golden MODEL GPU FORM [WITH SETTING...]; GPU may be host-sm_XX; WITH: a word for the settings
 golden()
 {
-    name=$1-$2-$3.cu
+    name=$1-$2-$3${4:+-$4}.cu
     case $2 in
     host-*) gpu="--arch host --emulate ${2#host-}" ;;
     *) gpu="--gpu $2" ;;
     esac
+    model=$1 form=$3
+    shift 3
+    for setting; do
+        [ "${setting#*=}" = "$setting" ] || gpu="$gpu --set $setting"
+    done
+    set -- "$model" "$gpu" "$form"
     ./mkgen -q --model "$srcdir/toy/$1" $gpu --set "unroll_layers=$3" -o "$tmp/$name" ||
         { fail "mkgen $name"; return; }
     ./mkgen -q --model "$srcdir/toy/$1/config.json" $gpu --set "unroll_layers=$3" -o - |
@@ -107,6 +113,7 @@ golden toy-qwen2 a100 list
 golden toy-llama t4 loop
 golden toy-smol rtx4090 list
 golden toy-qwen3 host-sm_90 list
+golden toy-smol h200 list teams ctas=18 group=2 chunk_bytes=4096 team_from=80
 
 for form in list loop; do
     without_layers "$tmp/toy-qwen3-h200-$form.cu" >"$tmp/$form"

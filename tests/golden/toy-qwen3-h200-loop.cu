@@ -359,17 +359,7 @@ static __device__ __forceinline__ void mbarrier_arrive(u64 *b)
                  :: "r"(shared_address(b)) : "memory");
 }
 
-// Did the phase of PARITY end?
-static __device__ __forceinline__ bool mbarrier_test_wait(u64 *b, u32 parity)
-{
-    u32 passed;
-    asm volatile("{\n.reg .pred p;\n"
-                 "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(shared_address(b)), "r"(parity) : "memory");
-    return passed;
-}
-
-// The same as test_wait, but waits a little for it.
+// Did the phase of PARITY end?  Sleeps a little until it does.
 static __device__ __forceinline__ bool mbarrier_try_wait(u64 *b, u32 parity)
 {
     u32 passed;
