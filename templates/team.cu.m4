@@ -6,12 +6,16 @@ t_if(PLAN_TEAM > 1, {|// Far on, where few groups have heads, a head's positions
 // what that group does, for other positions; then it tells the group what it has found.  A launch is far or not as
 // a whole: a tile of the cache is always copied by who writes its rows, or an earlier launch has written them.
 constexpr int TEAM = PLAN_TEAM; // groups
-static_assert(PLAN_TEAM_FROM / KV_TILE + 1 >= TEAM * GROUP, "far on, every CTA of a team has a tile");
+constexpr int FAR = PLAN_TEAM_FROM; // where a far launch begins, or further on
+static_assert(FAR / KV_TILE + 1 >= TEAM * GROUP, "far on, every CTA of a team has a tile");
 static_assert(K * TEAM <= GROUPS && MOST_HEADS == 1, "a team has one head");
-static __device__ __forceinline__ bool is_far() { return S->args.pos >= PLAN_TEAM_FROM; }
+static __device__ __forceinline__ bool is_far() { return S->args.pos >= FAR; }
 
 // The group to whose heads this group attends.
-static __device__ __forceinline__ int head_group() { return is_far() && my_group() < K * TEAM ? my_group() % K : my_group(); }
+static __device__ __forceinline__ int head_group()
+{
+    return is_far() && my_group() < K * TEAM ? my_group() % K : my_group();
+}
 
 // CTAs to which the tiles of a head are dealt, how often TILES go round them, and where this one stands.
 static __device__ __forceinline__ int dealt_to() { return is_far() ? TEAM * GROUP : GROUP; }
