@@ -198,7 +198,8 @@ static void spend_kv(const struct sim *s, struct lane *lane, int stage, double w
 {
     const double missing = max_of(0, bytes - lane->ahead), coming = missing / s->kv_rate;
     const double busy = work_cycles + s->lap, late = max_of(0, coming - busy), all = busy + late;
-    const double behind = s->rate[s->half][lane->kind] * (all - coming);
+    const double rate = min_of(s->rate[ATTENTION][lane->kind], s->rate[MLP][lane->kind]);
+    const double behind = rate * (all - coming);
 
     lane->ahead = min_of(s->ring, lane->ahead + missing - bytes + behind);
     lane->now += all;
