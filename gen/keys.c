@@ -39,6 +39,8 @@ static const struct key keys[] = {
     {"inflight_hop", AT(inflight_hop), 1, 31, NULL, "chunks in flight while a hop is awaited"},
     {"team_from", AT(team_from), 0, INT_MAX, NULL,
      "position from which groups without KV heads help those that have them; 0: never"},
+    {"early", AT(early), 0, 1, "x|sums",
+     "what is awaited with the next weights in registers: x, or already the sums that make it"},
     {"round_blocks", AT(round_blocks), 2, 16, NULL, "blocks of 8 rows between two barriers; even"},
     {"tokens_per_launch", AT(tokens_per_launch), 1, 1024, NULL,
      "tokens of one decode launch at most"},

@@ -79,6 +79,7 @@ static void put_choices(FILE *f, const struct gen_plan *p)
     put_int(f, "PLAN_TEAM_FROM", p->team_from);
     put_int(f, "PLAN_ROUND_BLOCKS", p->round_blocks);
     put_int(f, "PLAN_KV_TILE", p->kv_tile);
+    put_int(f, "PLAN_EARLY", p->early);
     put_int(f, "PLAN_UNROLL", p->unroll_layers);
     put_int(f, "PLAN_FAULT", p->fault);
     put_int(f, "PLAN_TIMING", p->timing);
@@ -277,8 +278,8 @@ static void dump_choices(FILE *f, const struct gen_plan *p)
     fprintf(f, "chunk_bytes = %d\nstages = %d\n", p->chunk_bytes, p->stages);
     fprintf(f, "inflight = %d\ninflight_heads = %d\ninflight_hop = %d\nteam_from = %d\n",
             p->inflight, p->inflight_heads, p->inflight_hop, p->team_from);
-    fprintf(f, "round_blocks = %d\ntokens_per_launch = %d\n", p->round_blocks,
-            p->tokens_per_launch);
+    fprintf(f, "early = %s\nround_blocks = %d\ntokens_per_launch = %d\n", p->early ? "sums" : "x",
+            p->round_blocks, p->tokens_per_launch);
     fprintf(f, "prefill_ctas = %d\nprefill_tokens = %d\n", p->prefill_ctas, p->prefill_tokens);
     fprintf(f, "gemm_m = %d\ngemm_n = %d\ngemm_k = %d\ngemm_stages = %d\n", p->gemm_m, p->gemm_n,
             p->gemm_k, p->gemm_stages);

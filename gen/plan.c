@@ -136,6 +136,12 @@ static void share_units(const struct gen_plan *p, int units[GEN_MOST_CTAS])
     }
 }
 
+/* Can weights be in registers while sums are awaited?  Those of longer blocks are too many. */
+static int has_early(const struct gen_plan *p)
+{
+    return p->cluster && p->phase[GEN_HEAD].spans == 1;
+}
+
 /* Groups that can share a head's positions. */
 static int most_team(const struct gen_plan *p)
 {
@@ -578,6 +584,8 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
     }
     if (!gen_keys_has(set, AT(inflight_hop)))
         p->inflight_hop = max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
+    if (!gen_keys_has(set, AT(early))) /* with so few warps a thread has registers for both */
+        p->early = p->warps <= 6 && has_early(p);
     if (!gen_keys_has(set, AT(tokens_per_launch))) { /* a token takes about twice its floor, and hops */
         const double kv_us = p->floor_us * (double) p->kv_bytes / (double) p->token_bytes;
         p->tokens_per_launch =
@@ -652,6 +660,11 @@ static int check_choices(const struct gen_plan *p, struct mk_err *err)
                         "plan: inflight is %d, inflight_heads %d and inflight_hop %d; they must not exceed "
                         "stages %d, stages and inflight",
                         p->inflight, p->inflight_heads, p->inflight_hop, p->stages);
+    if (p->early && !has_early(p))
+        return gen_fail(err, MK_EINVAL,
+                        "plan: early is sums; that needs groups that are clusters, and here a block in one "
+                        "chunk: %d bytes of %d",
+                        p->phase[GEN_HEAD].units * 512, p->chunk_bytes);
     if (p->team_from && most_team(p) == 1)
         return gen_fail(
             err, MK_EINVAL,

@@ -163,32 +163,28 @@ static __device__ __noinline__ void planted_hang()
 |})m4_dnl
 t_section({|Decode: one token|})
 
-// All layers for the token whose embedding is in resid and whose norm is in x[1]; x[1] is then
-// what the head multiplies.  Numbers: the layer, then offsets into args.vec and args.kv.
+// All layers for the token whose embedding is in resid and whose norm is in x[1]; the head then waits for the last
+// one's sums.  Numbers: the layer, then offsets into args.vec and args.kv.
 static __device__ __forceinline__ void layers()
 {
 t_if(PLAN_UNROLL != 1, {|t_for({|LAYER|}, 0, MODEL_L - 1, {|
     t_note({|layer t_2d(LAYER)|})
-    rows(QKV_ROWS, LAYER, PLAN_VEC_AT(LAYER, BIAS));
+    rows(QKV_ROWS, LAYER, PLAN_VEC_AT(LAYER, ATTN_NORM), PLAN_VEC_AT(LAYER, BIAS));
     attn(LAYER, PLAN_KV_AT(LAYER), PLAN_VEC_AT(LAYER, START));
     columns(0, LAYER);
 t_if(PLAN_FAULT == 1 && LAYER == 0, {|    planted_hang();
 |})m4_dnl
-    add_norm(LAYER, 0, PLAN_VEC_AT(LAYER, MLP_NORM));
-    rows(MLP_ROWS, LAYER, 0);
+    rows(MLP_ROWS, LAYER, PLAN_VEC_AT(LAYER, MLP_NORM), 0);
     columns(1, LAYER);
-    add_norm(LAYER, 1, PLAN_VEC_AT(LAYER, NEXT_NORM));
 |})|}, {|    #pragma unroll 1
     for (int layer = 0; layer < L; layer++) {
-        rows(QKV_ROWS, layer, layer * VEC_LAYER + VEC_BIAS);
+        rows(QKV_ROWS, layer, layer * VEC_LAYER + VEC_ATTN_NORM, layer * VEC_LAYER + VEC_BIAS);
         attn(layer, layer * KV_LAYER, layer * VEC_LAYER);
         columns(0, layer);
 t_if(PLAN_FAULT == 1, {|        planted_hang();
 |})m4_dnl
-        add_norm(layer, 0, layer * VEC_LAYER + VEC_MLP_NORM);
-        rows(MLP_ROWS, layer, 0);
+        rows(MLP_ROWS, layer, layer * VEC_LAYER + VEC_MLP_NORM, 0);
         columns(1, layer);
-        add_norm(layer, 1, layer + 1 < L ? (layer + 1) * VEC_LAYER + VEC_ATTN_NORM : VEC_NORM);
     }
 |})m4_dnl
 }
@@ -207,7 +203,7 @@ static __device__ __forceinline__ bool is_stop(int id)
 // The token at work gives the next one: true when there is one more to run.
 static __device__ __noinline__ bool next_token()
 {
-    Best best = rows(HEAD_ROWS, L, 0);
+    Best best = rows(HEAD_ROWS, L, VEC_NORM, 0);
     best.canceled = blockIdx.x == 0 && threadIdx.x == 0 ? load_flag(&S->canceled) : 0;
     if (S->args.temperature > 0.0f)
         sample(best);

@@ -80,16 +80,16 @@ struct Span_x : Span<UNITS> {
     }
 };
 
-// Of two blocks of weights, in chunks CHUNK and CHUNK + 1; with HALF of one, taken twice.
+// Of two blocks of weights, a chunk each; lanes with lane / 8 odd read the second one.
 template <int UNITS>
 struct Span_weights : Span<UNITS> {
     Unit unit[Span<UNITS>::MINE];
 
-    template <bool HALF>
+    // From this lane's CHUNK.
     __device__ __forceinline__ void load(u32 chunk)
     {
         const int lane = threadIdx.x % 32;
-        const u32 from = shared_address(S->ring[(chunk + (HALF ? 0 : lane / 8 % 2)) % STAGES])
+        const u32 from = shared_address(S->ring[chunk % STAGES])
                          + threadIdx.x / 32 * 512 + lane / 16 * 128 + lane % 8 * 16;
         #pragma unroll
         for (int i = 0; i < Span<UNITS>::MINE; i++) // a warp that has no unit i reads its last one again
@@ -103,57 +103,68 @@ struct Span_weights : Span<UNITS> {
     }
 };
 
-// This warp's sums of a pair, to PART[warp][row].
-template <int BLOCKS>
+// This warp's sums of two blocks, to PART[warp][row].
 static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], float *part)
 {
     const int lane = threadIdx.x % 32;
     if (lane % 4 == 0) {
         #pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
+        for (int b = 0; b < 2; b++)
             part[threadIdx.x / 32 * (ROUND * 8) + b * 8 + lane / 4] = sum[0][b * 2] + sum[1][b * 2];
     }
 }
 
-// Multiply the next N blocks, whose columns are one chunk each, by x.  When they have been read, READY(x) sees to it
-// that x is there.
-template <int N, class Ready>
-static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, Span_x<Rows::UNITS> &x, float *part, Ready ready)
+// Pairs of blocks that are multiplied at once; and whose weights are read, if there are EARLY_FROM blocks, before x is
+// awaited, or already the sums that make it: so much of the ring is free to be filled meanwhile.
+constexpr int PAIRS_AT_ONCE = STAGES < 8 ? 1 : 2, PAIRS_EARLY = STAGES < 8 ? 1 : Span<Rows::UNITS>::MINE < 4 ? 3 : 2;
+constexpr bool EARLY_SUMS = PLAN_EARLY;
+constexpr int EARLY_FROM = t_if(PLAN_CLUSTER > 1, {|Rows::SPANS > 1 ? 2 : 1|}, {|1 << 30; // registers are too few|});
+
+// Which block of a pair this lane reads.
+static __device__ __forceinline__ int my_side() { return threadIdx.x / 8 % 2; }
+
+// Multiply the next N blocks, 2 PAIRS at most, whose columns are one chunk each, by x; the last one stands for those
+// that are not there.  When they have been read, READY(x) sees to it that x is there.
+template <int PAIRS, class Ready>
+static __device__ __forceinline__ u32 multiply_blocks(u32 chunk, int n, Span_x<Rows::UNITS> &x, float *part, Ready ready)
 {
-    constexpr int PAIRS_AT_ONCE = (N + 1) / 2;
-    float sum[PAIRS_AT_ONCE][2][4] = {};
-    Span_weights<Rows::UNITS> weights[PAIRS_AT_ONCE];
-    wait_landed(chunk + N);
+    float sum[PAIRS][2][4] = {};
+    Span_weights<Rows::UNITS> weights[PAIRS];
+    wait_landed(chunk + n);
     #pragma unroll
-    for (int p = 0; p < PAIRS_AT_ONCE; p++)
-        weights[p].template load<N == 1>(chunk + p * 2);
-    release_chunks(chunk, N);
+    for (int p = 0; p < PAIRS; p++)
+        weights[p].load(chunk + min(p * 2 + my_side(), n - 1));
+    release_chunks(chunk, n);
     ready(x);
     #pragma unroll
     for (int i = 0; i < Span<Rows::UNITS>::MINE; i++)
         #pragma unroll
-        for (int p = 0; p < PAIRS_AT_ONCE; p++)
+        for (int p = 0; p < PAIRS; p++)
             weights[p].multiply(sum[p], x, i);
     #pragma unroll
-    for (int p = 0; p < PAIRS_AT_ONCE; p++)
-        leave_sums<N == 1 ? 1 : 2>(sum[p], part + p * 16);
-    return chunk + N;
+    for (int p = 0; p < PAIRS; p++)
+        if (p * 2 < n)
+            leave_sums(sum[p], part + p * 16);
+    return chunk + n;
 }
 
-// SUM += N blocks (1 or 2) side by side, TOGETHER spans of UNITS each of them, by X.
-template <int UNITS, int N, int TOGETHER>
-static __device__ __forceinline__ u32 multiply_spans(float (&sum)[2][4], u32 chunk, const half *x)
+// SUM += N blocks (1 or 2) side by side, TOGETHER spans of UNITS each of them, by X.  When they have been read, READY()
+// sees to it that X is there.
+template <int UNITS, int N, int TOGETHER, class Ready>
+static __device__ __forceinline__ u32 multiply_spans(float (&sum)[2][4], u32 chunk, const half *x, Ready ready)
 {
     float part[TOGETHER][2][4] = {};
     Span_weights<UNITS> weights[TOGETHER];
     Span_x<UNITS> mine[TOGETHER];
     wait_landed(chunk + N * TOGETHER);
     #pragma unroll
-    for (int t = 0; t < TOGETHER; t++) {
-        weights[t].template load<N == 1>(chunk + t * N);
-        mine[t].load(x + t * UNITS * 32);
-    }
+    for (int t = 0; t < TOGETHER; t++)
+        weights[t].load(chunk + t * N + (N == 2 ? my_side() : 0));
     release_chunks(chunk, N * TOGETHER);
+    ready();
+    #pragma unroll
+    for (int t = 0; t < TOGETHER; t++)
+        mine[t].load(x + t * UNITS * 32);
     #pragma unroll
     for (int i = 0; i < Span<UNITS>::MINE; i++)
         #pragma unroll
@@ -168,56 +179,54 @@ static __device__ __forceinline__ u32 multiply_spans(float (&sum)[2][4], u32 chu
 }
 
 // Multiply the next N blocks (1 or 2), whose columns are several chunks, side by side, by x.
-template <int N>
-static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half *x, float *part)
+template <int N, class Ready>
+static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half *x, float *part, Ready ready)
 {
     constexpr int SPAN = Rows::SPAN_UNITS, LAST = Rows::UNITS - (Rows::SPANS - 1) * SPAN; // units
     constexpr int TOGETHER = t_if(PLAN_CLUSTER > 1, {|STAGES >= 8 && Rows::SPANS % 2 == 0 && LAST == SPAN ? 2 : 1|}, 1);
     float sum[2][4] = {};
     #pragma unroll 1
     for (int span = 0; span < Rows::SPANS - (TOGETHER == 1); span += TOGETHER)
-        chunk = multiply_spans<SPAN, N, TOGETHER>(sum, chunk, x + span * SPAN * 32);
+        chunk = multiply_spans<SPAN, N, TOGETHER>(sum, chunk, x + span * SPAN * 32, ready);
     if (TOGETHER == 1)
-        chunk = multiply_spans<LAST, N, 1>(sum, chunk, x + (Rows::SPANS - 1) * SPAN * 32);
-    leave_sums<N>(sum, part);
+        chunk = multiply_spans<LAST, N, 1>(sum, chunk, x + (Rows::SPANS - 1) * SPAN * 32, [] {});
+    leave_sums(sum, part);
     return chunk;
 }
 
-// Multiply N blocks by x, from chunk CHUNK on; sums go to PART[warp][row].  The first weights are read before AWAIT
-// brings x, unless IS_READY says that it is there.  Returns the next chunk.
+// Multiply N blocks by x, from chunk CHUNK on; sums go to PART[warp][row].  AWAIT brings x, unless IS_READY says that it
+// is there; otherwise N is EARLY_FROM or more.  Returns the next chunk.
 template <class Await>
 static __device__ __forceinline__ u32 multiply_round(u32 chunk, const half *x, int n, float *part, bool is_ready, Await await)
 {
-    constexpr bool EARLY = t_if(PLAN_CLUSTER > 1, {|STAGES >= 8 && Rows::SPANS == 1|}, false);
-    if (!is_ready && (!EARLY || n < 4)) {
-        await();
-        is_ready = true;
-    }
     if (Rows::SPANS > 1) {
+        const auto ready = [&] {
+            if (EARLY_FROM == 2 && !is_ready)
+                await();
+            is_ready = true;
+        };
         #pragma unroll 1
         for (int i = 0; i + 2 <= n; i += 2)
-            chunk = multiply_long_blocks<2>(chunk, x, part + i * 8);
-        return n % 2 ? multiply_long_blocks<1>(chunk, x, part + (n - 1) * 8) : chunk;
+            chunk = multiply_long_blocks<2>(chunk, x, part + i * 8, ready);
+        return n % 2 ? multiply_long_blocks<1>(chunk, x, part + (n - 1) * 8, [] {}) : chunk;
     }
     Span_x<Rows::UNITS> mine;
     const auto nothing = [](Span_x<Rows::UNITS> &) {};
     int i = 0;
-    if (is_ready)
-        mine.load(x);
-    #pragma unroll 1
-    for (; STAGES >= 8 && i + 4 <= n; i += 4)
-        chunk = multiply_blocks<4>(chunk, mine, part + i * 8, [&](Span_x<Rows::UNITS> &to) {
-            if (!EARLY || is_ready)
-                return;
+    if (EARLY_FROM == 1 && !is_ready) {
+        i = min(n, PAIRS_EARLY * 2);
+        chunk = multiply_blocks<PAIRS_EARLY>(chunk, i, mine, part, [&](Span_x<Rows::UNITS> &to) {
             await();
             to.load(x);
-            is_ready = true;
         });
+    } else
+        mine.load(x);
     #pragma unroll 1
-    for (; i + 2 <= n; i += 2)
-        chunk = multiply_blocks<2>(chunk, mine, part + i * 8, nothing);
-    if (i < n)
-        chunk = multiply_blocks<1>(chunk, mine, part + i * 8, nothing);
+    for (; PAIRS_AT_ONCE > 1 && i + 2 < n; i += 4)
+        chunk = multiply_blocks<PAIRS_AT_ONCE>(chunk, min(n - i, 4), mine, part + i * 8, nothing);
+    #pragma unroll 1
+    for (; i < n; i += 2)
+        chunk = multiply_blocks<1>(chunk, min(n - i, 2), mine, part + i * 8, nothing);
     return chunk;
 }
 

@@ -77,22 +77,28 @@ t_section({|Stages of matrices that are split by rows|})
 
 enum { QKV_ROWS, MLP_ROWS, HEAD_ROWS };
 
-// Multiply all my blocks of WHAT by x, in rounds, and send what they give.  BIAS: where it begins in args.vec.  Returns
-// this thread's best logit.
-t_stage Best rows(int what, int layer, int bias)
+// Multiply all my blocks of WHAT by x, in rounds, and send what they give.  WEIGHT, BIAS: where x's norm's and the bias
+// begin in args.vec.  Returns this thread's best logit.
+t_stage Best rows(int what, int layer, int weight, int bias)
 {
     const int which = what != MLP_ROWS; // x
     const int blocks = what == QKV_ROWS ? Qkv::mine(my_heads()) : what == MLP_ROWS ? Mlp::mine() : Head::mine();
     Best best = {-infinity(), V, 0};
     bool is_ready = which && !layer; // the embedding's
     const auto await = [&] {
+        if (EARLY_SUMS)
+            add_norm(layer - which, which, weight);
         await_x(which, layer - which);
         find_factor(which);
     };
     if (is_ready)
         find_factor(which);
-    else if (!blocks) // who sends what comes next has waited for x of all ranks
+    else if (!EARLY_SUMS)
+        add_norm(layer - which, which, weight);
+    if (!is_ready && blocks < EARLY_FROM) { // also who has none: who sends what comes next has waited for x of all ranks
         await();
+        is_ready = true;
+    }
     u32 chunk = my_chunk();
     #pragma unroll 1
     for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {

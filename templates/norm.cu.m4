@@ -141,7 +141,7 @@ static __device__ __forceinline__ Word *x_hop(int which)
 |})m4_dnl
 // resid += the sums of hop O (WHICH 0) or DOWN (1); x[WHICH] = resid * the weights at
 // args.vec[WEIGHT], by way of all ranks.
-t_stage void add_norm(int layer, int which, int weight)
+static __device__ __forceinline__ void add_norm(int layer, int which, int weight)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = my_rank();
     const u32 tag = layer_tag(layer);

@@ -52,8 +52,9 @@ static const struct fault {
      {"token-not-awaited", {{"    consumer_barrier();\n    return !load_flag(&S->done);",
                             "    return !load_flag(&S->done);", 1}}}},
     {0, 20, 0, "the token is counted before all have read the count",
-     {"counted-early", {{"    Best best = rows(HEAD_ROWS, L, 0);\n",
-                         "    Best best = rows(HEAD_ROWS, L, 0);\n    if (threadIdx.x == 0)\n        S->index++;\n", 1},
+     {"counted-early", {{"    Best best = rows(HEAD_ROWS, L, VEC_NORM, 0);\n",
+                         "    Best best = rows(HEAD_ROWS, L, VEC_NORM, 0);\n"
+                         "    if (threadIdx.x == 0)\n        S->index++;\n", 1},
                         {"        const int i = S->index + 1;\n", "        const int i = S->index;\n", 1}}}},
     {0, 20, 0, "prefill: stages are multiplied before all threads' copies are there",
      {"stages-not-awaited", {{"        __syncthreads(); // all threads' copies are here, and stage NEXT is free\n"
@@ -193,8 +194,16 @@ static const struct fault {
      {"released-early", {{"    wait_landed(chunk + N * TOGETHER);\n",
                           "    wait_landed(chunk + N * TOGETHER);\n"
                           "    release_chunks(chunk, N * TOGETHER);\n", 1},
-                         {"* 32);\n    }\n    release_chunks(chunk, N * TOGETHER);\n",
-                          "* 32);\n    }\n", 1}}}},
+                         {"my_side() : 0));\n    release_chunks(chunk, N * TOGETHER);\n",
+                          "my_side() : 0));\n", 1}}}},
+    {8, 20, 0, "x is read with the weights that are in registers before it is awaited",
+     {"x-read-early", {{"            await();\n            to.load(x);\n", "            to.load(x);\n            await();\n",
+                        1}}}},
+    {0, 20, 0, "the same of a block's first chunk of several",
+     {"span-of-x-early", {{"    ready();\n    #pragma unroll\n    for (int t = 0; t < TOGETHER; t++)\n"
+                           "        mine[t].load(x + t * UNITS * 32);\n",
+                           "    #pragma unroll\n    for (int t = 0; t < TOGETHER; t++)\n"
+                           "        mine[t].load(x + t * UNITS * 32);\n    ready();\n", 1}}}},
     {3, 20, 0, "stages of O and DOWN are released before they are read",
      {"sums-released-early", {{"            wait_landed(chunk + chunks);\n",
                                "            wait_landed(chunk + chunks);\n"

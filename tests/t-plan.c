@@ -889,7 +889,8 @@ static void test_round_trip(void)
         "gemm_n=64",         "gemm_k=32",         "gemm_stages=3",
         "flash_m=128",       "flash_n=32",        "unroll_layers=loop",
         "team_from=0",       "dtype=fp16",        "fault=hang",
-        "epoch0=2147000000", "timing=on",         NULL};
+        "epoch0=2147000000", "timing=on",         "early=x",
+        NULL};
     static struct gen_plan p;
     struct gen_model m;
     struct gen_gpu g;
@@ -1052,6 +1053,27 @@ static void test_team(void)
         "qwen3-0.6b", "h200", 4096, SET("team_from=1"),
         "plan: team_from is 1; only groups that are clusters help, and only when there are twice as many as KV "
         "heads: here 15 and 8");
+}
+
+/* Before sums are awaited, weights are read into registers where there are registers. */
+static void test_early(void)
+{
+    static struct gen_plan p;
+    struct gen_model m;
+    struct gen_gpu g;
+
+    get("smollm2-135m", "h200", &m, &g);
+    CHECK(make(&m, &g, 0, NULL, NULL, &p) == 0 && p.warps == 6 && p.early == 1);
+    CHECK(make(&m, &g, 0, NULL, SET("warps=7"), &p) == 0 && p.early == 0);
+    CHECK(make(&m, &g, 0, NULL, SET("warps=7", "early=sums"), &p) == 0 && p.early == 1);
+    CHECK(make(&m, &g, 0, NULL, SET("cluster=l2"), &p) == 0 && p.early == 0);
+    CHECK(make(&m, &g, 0, NULL, SET("chunk_bytes=4608"), &p) == 0 && p.early == 0);
+    refused("smollm2-135m", "h200", 0, SET("cluster=l2", "early=sums"),
+            "plan: early is sums; that needs groups that are clusters, and here a block in one chunk: 9216 "
+            "bytes of 16384");
+    refused("smollm2-135m", "h200", 0, SET("chunk_bytes=9000", "early=sums"),
+            "plan: early is sums; that needs groups that are clusters, and here a block in one chunk: 9216 "
+            "bytes of 9000");
 }
 
 static void test_settings(void)
@@ -1268,6 +1290,7 @@ int main(void)
     test_round_trip();
     test_blocks();
     test_team();
+    test_early();
     test_settings();
     test_group_settings();
     test_group_choices();

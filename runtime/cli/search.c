@@ -22,7 +22,8 @@ static const struct search_knob all_knobs[] = {
     { "balance", "0,15,30,50,100,200" },
     { "warps", "5,6,7,8" },
     { "ctas", NULL },
-    { "round_blocks", "4,6,8,10,12,16" },
+    { "early", "x,sums" },
+    { "round_blocks", "4,6,8,10,12,14,16" },
     { "team_from", "0,4096,6144,8192,16384" },
     { "unroll_layers", "list,loop" },
     { "stages", "3,4,5,6,8,10,12,16" },
@@ -38,9 +39,10 @@ const struct search_knob *search_knob(int i)
 
 /* Values that were good with another KEY: when it is changed, the plan finds these anew. */
 static const struct { const char *key, *derived; } derivations[] = {
-    { "chunk_bytes", "stages inflight inflight_heads inflight_hop team_from" },
+    { "chunk_bytes", "stages inflight inflight_heads inflight_hop team_from early" },
     { "group", "ctas team_from" },
-    { "cluster", "ctas team_from" },
+    { "cluster", "ctas team_from early" },
+    { "warps", "early" },
     { "ctas", "team_from" },
 };
 enum { N_DERIVATIONS = sizeof(derivations) / sizeof(derivations[0]) };
