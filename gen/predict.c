@@ -10,7 +10,8 @@
    share of the memory.  A hop ends a latency after the last of those that send has come to it: the
    CTAs of a group wait for each other five times in a layer, and all groups twice.  Through L2 the
    latency is longer the more is in flight, which is nothing where rings are full; and while such a
-   hop is awaited, fewer chunks are let in flight.
+   hop is awaited, fewer chunks are let in flight.  Where CTAs wait for bytes, what is multiplied at
+   once has come to some when to others it is still on its way: a hop waits for the last of them.
 
    CTAs of one rank in groups of one class do the same: one *lane* stands for all of them. */
 #include "config.h"
@@ -44,14 +45,14 @@ struct rates {
     double hop_queue;      /* part of what is in flight that a hop through L2 stands behind */
 };
 
-/* h200, 2026-11-21:
-   read_gbps       4500 to 4700 in the runs of tests/t-predict.c.
-   clock_mhz       inferred: the stages of Qwen3-0.6B with timing=on add up to 811,000 cycles at
-                   position 1 and 867,000 at 1024, in 459 and 489 us.  Why it is not the 1980 of
-                   the column MHz is not known.
-   slowest         fitted to models that wait for memory, which come out 12 % too fast without it.
-                   0.6B's head says 0.89: a CTA ends after 114,000 cycles in the mean, and NEXT
-                   takes 13,700 longer than in SmolLM2-135M.
+/* h200, 2026-11-30:
+   read_gbps       4590 to 4610 in the run of tests/t-predict.c, 4500 to 4710 on others.
+   clock_mhz       inferred: the stages with timing=on over their time, 1740 (0.6B) to 1860
+                   (SmolLM2-135M).  The column MHz says 1980, and no limit of power or heat is
+                   reached; but under load each GPC has its own clock: of cluster=l2, which ncu can
+                   look at, 1790 to 1900 in one launch.
+   slowest         fitted: the head of models that wait for memory, with NEXT, which waits for the
+                   last CTA.
    cta_bytes       fitted: position 32600 of 0.6B, whose KV tiles 64 CTAs read at 30 or more.
    smem_bytes      what shared memory gives; NOTEBOOK.md: 490 cycles for 64 KiB.
    latency_ns      fitted: inflight=2, inflight_hop=1 of 0.6B and 3, 1 of Llama-3.2-1B, an earlier kernel.  Of a chunk
@@ -59,45 +60,50 @@ struct rates {
                    chunks as inflight in groups with heads (inflight_heads) gave -1.3 to 1.6 %: left out.
    hop_cluster_ns  a stopwatch kernel: 290 to 320 at any load, groups of 8 and 16.
    hop_l2_ns       the same, idle, groups of 16 CTAs; 1000 when all send to all.
-   hop_queue       fitted: DOWN_SUMS of 0.6B without pacing, 2600 cycles longer than of
-                   SmolLM2-135M, and its tokens from inflight=3 to 12. */
+   hop_queue       fitted: DOWN_SUMS of 0.6B and 0.5B, 700 and 1000 cycles longer than of
+                   SmolLM2-135M. */
 static const struct rates rates[] = {
-    {"h200", 4600, 1770, 0.86, 32, 128, 1100, 300, 750, 0.8},
+    {"h200", 4600, 1790, 0.95, 32, 128, 1100, 300, 750, 0.3},
 };
 enum { N_RATES = sizeof rates / sizeof *rates };
 
 /* Work of a stage, in cycles, on any GPU: it is the same code.  For hops it is what comes on top of
    the latency: looking for words, adding them up, leaving and entering stages.
 
-   From stages with timing=on on the H200 (2026-11-21), less 180 cycles for each lap: SmolLM2-135M
-   at 128 and Qwen3-0.6B without pacing at 1 and 1024, means over 64 tokens from there on.  Where
-   they differ by more than the shape says, a value between; latencies of hops are taken off. */
+   From stages with timing=on on the H200 (2026-11-30), less a lap's own cycles: the six models of
+   README.md's table, means over 64 tokens.  Where they differ by more than the shape says, a value
+   between; latencies of hops are taken off. */
 struct work {
     double fixed, each;
+    double apart; /* of a hop: the part of what CTAs are apart that it waits for; fitted */
 };
 static const struct work work[MK_LAP_COUNT] = {
-    [MK_LAP_EMBED] = {2000, 0},
-    [MK_LAP_QKV] = {0, 960}, /* each: round of blocks */
-    [MK_LAP_QKV_HOP] = {120, 0},
+    [MK_LAP_EMBED] = {1750, 0.45}, /* each: of D */
+    [MK_LAP_QKV] = {960, 150}, /* of a round of blocks; each: trip to the ring when x is there */
+    [MK_LAP_QKV_HOP] = {30, 0},
     [MK_LAP_ROWS] = {270, 430},  /* of a row that a warp rotates; each: its norm */
-    [MK_LAP_ATTN] = {1100, 520}, /* of a head; each: turn of tiles, 8 queries, 64 of E */
+    [MK_LAP_ATTN] = {1000, 275}, /* of a head; each: turn of tiles and 8 queries, of 64 of E, and TURN more */
     [MK_LAP_PART] = {590, 46},   /* of a head; each: warp that has attended */
     [MK_LAP_PART_HOP] = {100, 0},
-    [MK_LAP_MERGE] = {290, 45}, /* each: rank that has tiles */
-    [MK_LAP_O] = {0, 740},      /* each: trip to the ring, of each set of pairs */
-    [MK_LAP_O_SUMS] = {520, 0},
-    [MK_LAP_O_X] = {1250, 0},
-    [MK_LAP_MLP] = {0, 960}, /* each: round of blocks */
-    [MK_LAP_MLP_HOP] = {560, 0},
-    [MK_LAP_DOWN] = {0, 690}, /* each: the same */
-    [MK_LAP_DOWN_SUMS] = {520, 0},
-    [MK_LAP_DOWN_X] = {880, 0},
-    [MK_LAP_HEAD] = {0, 960}, /* each: round of blocks */
-    [MK_LAP_NEXT] = {4400, 0},
+    [MK_LAP_MERGE] = {330, 5}, /* each: rank that has tiles */
+    [MK_LAP_O] = {560, 950}, /* of the first trip to the ring; each: of those behind it, sets of pairs multiplied */
+    [MK_LAP_O_SUMS] = {520, 0, 1},
+    [MK_LAP_O_X] = {850, 400}, /* each: trip to the ring before x is there */
+    [MK_LAP_MLP] = {1200, 150}, /* as QKV */
+    [MK_LAP_MLP_HOP] = {560, 0, 0.6},
+    [MK_LAP_DOWN] = {560, 950}, /* as O */
+    [MK_LAP_DOWN_SUMS] = {520, 0, 0.6},
+    [MK_LAP_DOWN_X] = {350, 400, 0.4}, /* as O_X */
+    [MK_LAP_HEAD] = {960, 150}, /* as QKV */
+    [MK_LAP_NEXT] = {4400, 0, 1},
 };
 
 /* A matrix split by rows of which a CTA has none. */
 enum { EMPTY_CALL = 170 };
+/* What does not depend on E in a turn of attention, over what 64 of E take. */
+static const double TURN = 1.8;
+/* A trip for a part of long blocks, for which x is read again, over one for whole blocks. */
+enum { LONG_TRIP = 3 };
 /* What a lap itself takes, with timing=on. */
 enum { LAP = 170 };
 
@@ -128,6 +134,13 @@ static struct rates rates_of(const struct gen_gpu *g, int *measured)
 
 enum { MOST_RANKS = 16, LANES = GEN_CLASSES * MOST_RANKS };
 
+/* How blocks of rows are taken from the ring: BLOCKS at once, of each BYTES in a trip, each several times; EARLY:
+   before x is there. */
+struct trips {
+    int each, blocks, early;
+    double bytes;
+};
+
 /* The halves of a layer: in the first one groups without heads have nothing to do. */
 enum { ATTENTION, MLP };
 
@@ -136,6 +149,7 @@ struct lane {
     int rank, kind;
     double now;   /* cycles since the token began */
     double ahead; /* bytes in the ring */
+    double apart; /* cycles by which the last one of its like comes later */
     double cycles[MK_LAP_COUNT], waited[MK_LAP_COUNT];
 };
 
@@ -145,6 +159,7 @@ struct sim {
     int pos, far, half;        /* far: helpers help */
     double lap;                /* cycles that a stage takes to be timed */
     double chunk, ring;        /* bytes that a chunk and the ring hold */
+    struct trips trips;        /* of matrices that are split by rows */
     double rate[2][GEN_KINDS]; /* in each half: bytes a cycle that a CTA's producer brings */
     double kv_rate; /* the same of the cache, of which as much is in flight as the ring holds */
     struct lane lane[LANES];
@@ -186,6 +201,8 @@ static void spend_at(const struct sim *s, struct lane *lane, int stage, double w
     const double late = bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - busy) : 0;
     const double all = busy + late;
 
+    if (late > 0)
+        lane->apart = max_of(lane->apart, min_of(late, s->trips.blocks * s->trips.bytes / rate));
     lane->ahead = min_of(s->ring, lane->ahead + rate * all - bytes);
     lane->now += all;
     lane->cycles[stage] += all;
@@ -275,6 +292,14 @@ static double latest(const struct sim *s, enum who send)
     return last;
 }
 
+/* Does LANE read the weights of what follows hop STAGE while it waits? */
+static int reads_early(const struct sim *s, const struct lane *lane, int stage)
+{
+    const int blocks = stage == MK_LAP_O_X ? lane->cls->units : is_one(s, lane, ATTEND);
+
+    return (stage == MK_LAP_O_X || stage == MK_LAP_DOWN_X) && blocks && s->trips.early && !s->p->early;
+}
+
 /* Those who TAKE wait for those who SEND, over distributed shared memory or through L2. */
 static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum who take)
 {
@@ -282,32 +307,61 @@ static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum wh
     const double ns = on_chip ? s->r.hop_cluster_ns : s->r.hop_l2_ns;
     const double queue = on_chip ? 0 : queue_cycles(s, latest(s, send));
     const double latency = work[stage].fixed + ns * s->r.clock_mhz / 1000 + queue;
-    double last[LANES];
+    double last[LANES], apart[LANES];
 
     for (int i = 0; i < s->n; i++) {
         last[i] = s->lane[i].now;
+        apart[i] = 0;
         for (int j = 0; j < s->n; j++)
-            if (is_one(s, &s->lane[j], send) && hears(&s->lane[i], &s->lane[j], whom))
+            if (is_one(s, &s->lane[j], send) && hears(&s->lane[i], &s->lane[j], whom)) {
                 last[i] = max_of(last[i], s->lane[j].now);
+                apart[i] = max_of(apart[i], s->lane[j].apart);
+            }
     }
     for (int i = 0; i < s->n; i++) {
         struct lane *lane = &s->lane[i];
-        if (is_one(s, lane, take))
-            spend_at(s, lane, stage, last[i] - lane->now + latency, 0,
-                     on_chip ? s->rate[s->half][lane->kind] : held_rate(s, lane));
+        const double early = reads_early(s, lane, stage) ? work[stage].each : 0;
+        if (!is_one(s, lane, take))
+            continue;
+        spend_at(s, lane, stage, last[i] - lane->now + latency + early + work[stage].apart * apart[i], 0,
+                 on_chip ? s->rate[s->half][lane->kind] : held_rate(s, lane));
+        if (stage == MK_LAP_O_X || stage == MK_LAP_DOWN_X || stage == MK_LAP_NEXT)
+            lane->apart = 0;
     }
 }
 
 /* ---- Stages ---------------------------------------------------------------- */
 
+/* How multiply_round of gemv.cu.m4 takes blocks from the ring. */
+static struct trips trips_of(const struct gen_plan *p)
+{
+    const struct gen_phase *f = &p->phase[GEN_HEAD];
+    const int fit = p->stages >= 8, pairs = fit ? 2 : 1, units = ceil_div(f->units, p->warps);
+    const int whole = f->units % f->span_units == 0 && f->spans % 2 == 0;
+    const int together = p->cluster && fit && whole ? 2 : 1;
+    struct trips t = {.each = 1, .blocks = 2 * pairs, .early = fit && units < 4 ? 6 : 2 * pairs};
+
+    t.bytes = f->units * 512.0;
+    if (f->spans > 1) {
+        t.each = ceil_div(f->spans, together) * LONG_TRIP;
+        t.blocks = t.early = 2;
+        t.bytes /= ceil_div(f->spans, together);
+    }
+    if (!p->cluster)
+        t.early = 0;
+    return t;
+}
+
 /* BLOCKS of a matrix that is split by rows. */
 static void rows(const struct sim *s, struct lane *lane, int stage, int blocks)
 {
-    const double bytes = (double) blocks * s->p->phase[GEN_HEAD].units * 512;
-    const double rounds = ceil_div(blocks, s->p->round_blocks);
+    const struct trips *t = &s->trips;
+    const double block_bytes = s->p->phase[GEN_HEAD].units * 512.0;
+    const int rounds = ceil_div(blocks, s->p->round_blocks), late = blocks > t->early ? blocks - t->early : 0;
+    const double trips = t->each * ceil_div(late, t->blocks);
+    const double busy = work[stage].fixed * rounds + work[stage].each * trips + late * block_bytes / s->r.smem_bytes;
 
-    spend(s, lane, stage, blocks ? work[stage].each * rounds + bytes / s->r.smem_bytes : EMPTY_CALL,
-          bytes);
+    spend(s, lane, stage, blocks ? busy : EMPTY_CALL, blocks * block_bytes);
 }
 
 /* Units that columns() of head.cu.m4 takes from the ring at once, of a phase that has SPAN in a chunk. */
@@ -327,7 +381,8 @@ static void columns(const struct sim *s, struct lane *lane, int stage, int units
     const double trips = s->p->sets * ceil_div(units, units_at_once(s->p, span));
 
     if (units)
-        spend(s, lane, stage, max_of(work[stage].each * trips, bytes / s->r.smem_bytes), bytes);
+        spend(s, lane, stage, max_of(work[stage].fixed + work[stage].each * (trips - 1), bytes / s->r.smem_bytes),
+              bytes);
 }
 
 /* KV heads to which LANE attends: its own, or as a helper another's. */
@@ -375,7 +430,7 @@ static void attention(const struct sim *s, struct lane *lane)
         return;
     spend(s, lane, MK_LAP_ROWS, row_turns * (row->fixed + row->each * p->model.qk_norm), 0);
     for (int i = 0; i < heads; i++) {
-        spend_kv(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * values, bytes);
+        spend_kv(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * (TURN + values), bytes);
         spend(s, lane, MK_LAP_PART, part->fixed + part->each * warps, 0);
     }
 }
@@ -416,7 +471,7 @@ static void head(const struct sim *s, struct lane *lane)
 
 static void embed(const struct sim *s, struct lane *lane)
 {
-    spend(s, lane, MK_LAP_EMBED, work[MK_LAP_EMBED].fixed, 0);
+    spend(s, lane, MK_LAP_EMBED, work[MK_LAP_EMBED].fixed + work[MK_LAP_EMBED].each * s->p->model.D, 0);
 }
 
 static void each_lane(struct sim *s, void (*stage)(const struct sim *, struct lane *))
@@ -529,6 +584,7 @@ void gen_predict(const struct gen_plan *p, int pos, struct gen_prediction *out)
     memset(out, 0, sizeof *out);
     s.lap = p->timing ? LAP : 0;
     s.ring = p->stages * s.chunk;
+    s.trips = trips_of(p);
     s.r = rates_of(&p->gpu, &out->measured);
     out->from = s.r.gpu;
     out->clock_mhz = s.r.clock_mhz;

@@ -84,10 +84,10 @@ static int next_pos(const struct gen_plan *p, int pos)
 /* Bandwidth is shared out for half a layer at once: what takes longer in the half in which a CTA
    has the larger share may save a little more in the other one.  Where the stream is held back
    while a hop is awaited, a rank that attends instead of waiting fills its ring faster, and fuller
-   rings make hops faster: up to 3.2 % here. */
+   rings make hops faster: up to 3.2 % here.  Without that, fuller rings are less apart: up to 0.3 %. */
 static double monotone(const struct gen_plan *p)
 {
-    return p->inflight_hop < p->inflight ? 0.96 : 0.999;
+    return p->inflight_hop < p->inflight ? 0.96 : 0.997;
 }
 
 static void check_plan(const struct gen_plan *p)
@@ -239,36 +239,36 @@ static void test_gpus(void)
 }
 
 /* Tokens of mkbench --random-weights on the H200 (README.md, NOTEBOOK.md), timing off, at the
-   position in the middle of a run of 64 tokens; default plans first.  The constants were fitted to these: what is shown is that one set of them does for all,
-   and still does.  A change of the kernel that makes these wrong asks for new constants in
-   gen/predict.c, and for new figures here. */
+   position in the middle of a run of 128 tokens; carried plans first.  The constants were fitted to
+   stages of these: what is shown is that one set of them does for all, and still does.  A change of the
+   kernel that makes these wrong asks for new constants in gen/predict.c, and for new figures here. */
 static void test_measured(void)
 {
     static const struct {
         const char *model;
         int context, pos;
-        const char *set[4]; /* up to NULL */
+        const char *set[6]; /* up to NULL */
         double us;
     } rows[] = {
-        {"qwen3-0.6b", 33000, 33, {"inflight=3", "inflight_hop=2"}, 389},
-        {"qwen3-0.6b", 33000, 1056, {"inflight=3", "inflight_hop=2"}, 416},
-        {"qwen3-0.6b", 33000, 4032, {"inflight=3", "inflight_hop=2"}, 491},
-        {"qwen3-0.6b", 33000, 32632, {"inflight=3", "inflight_hop=2"}, 1312},
-        {"llama-3.2-1b", 4096, 160, {NULL}, 660},
-        {"smollm2-135m", 4096, 160, {NULL}, 292},
-        {"smollm2-135m", 4096, 160, {"warps=8"}, 303},
-        {"smollm2-135m", 4096, 160, {"ctas=112"}, 288},
-        {"smollm2-135m", 4096, 160, {"ctas=96", "balance=200"}, 282},
-        {"qwen2.5-0.5b", 4096, 160, {NULL}, 383},
-        {"qwen2.5-0.5b", 4096, 160, {"warps=8"}, 391},
-        {"qwen2.5-0.5b", 4096, 160, {"warps=8", "balance=50"}, 386},
-        {"qwen2.5-0.5b", 32768, 32632, {"balance=50"}, 501},
-        {"qwen2.5-0.5b", 32768, 32632, {"warps=8", "balance=50"}, 489},
-        {"qwen3-4b", 4096, 160, {"balance=15", "inflight_heads=4"}, 2131},
-        {"qwen3-4b", 4096, 160, {"balance=5", "inflight_heads=4"}, 2151},
-        {"qwen3-8b", 4096, 160, {"balance=30", "inflight_heads=5"}, 3743},
-        {"qwen3-8b", 4096, 2080, {"balance=30", "inflight_heads=5"}, 3797},
-        {"qwen3-8b", 4096, 160, {"balance=20", "inflight_heads=4"}, 3753},
+        {"qwen3-0.6b", 33000, 65, {"inflight=4", "inflight_heads=3", "inflight_hop=2"}, 376},
+        {"qwen3-0.6b", 33000, 1088, {"inflight=4", "inflight_heads=3", "inflight_hop=2"}, 405},
+        {"qwen3-0.6b", 33000, 4160, {"inflight=4", "inflight_heads=3", "inflight_hop=2"}, 482},
+        {"qwen3-0.6b", 33000, 32832, {"inflight=4", "inflight_heads=3", "inflight_hop=2"}, 1312},
+        {"llama-3.2-1b", 4096, 192, {NULL}, 641},
+        {"qwen3-4b", 4096, 192, {NULL}, 2073},
+        {"qwen3-8b", 4096, 192, {"balance=30", "inflight_heads=5"}, 3676},
+        {"qwen3-8b", 4096, 2112, {"balance=30", "inflight_heads=5"}, 3735},
+        {"qwen2.5-0.5b", 4096, 192, {"balance=50", "inflight_heads=11", "inflight_hop=1"}, 368},
+        {"qwen2.5-0.5b", 32768, 192, {"balance=50", "inflight_heads=11", "inflight_hop=1"}, 375},
+        {"qwen2.5-0.5b", 32768, 32704, {"balance=50", "inflight_heads=11", "inflight_hop=1"}, 478},
+        {"smollm2-135m", 4096, 192,
+         {"ctas=96", "balance=200", "inflight=12", "inflight_heads=12", "inflight_hop=12"}, 256},
+        {"smollm2-135m", 4096, 192, {"ctas=96", "balance=200"}, 260},
+        {"smollm2-135m", 4096, 192, {"ctas=96", "balance=200", "early=x"}, 274},
+        {"qwen3-0.6b", 33000, 65, {"inflight=3", "inflight_hop=2"}, 381},
+        {"qwen3-0.6b", 33000, 1088, {"inflight=3", "inflight_hop=2"}, 408},
+        {"qwen2.5-0.5b", 4096, 192, {"balance=50"}, 377},
+        {"qwen3-4b", 4096, 192, {"balance=15", "inflight_heads=4"}, 2037},
     };
     static struct gen_plan p;
     struct gen_prediction at;
@@ -284,7 +284,7 @@ static void test_measured(void)
         printf("%-13s %-10s %2d/%-2d at %5d: %6.0f us predicted, %6.0f measured, %+.1f %%\n",
                rows[i].model, rows[i].set[0] ? "set" : "default", p.inflight, p.inflight_hop,
                rows[i].pos, at.token_us, us, 100 * (us / at.token_us - 1));
-        CHECKF(fabs(us / at.token_us - 1) < 0.10, "%s at %d, %d/%d", rows[i].model, rows[i].pos,
+        CHECKF(fabs(us / at.token_us - 1) < 0.08, "%s at %d, %d/%d", rows[i].model, rows[i].pos,
                p.inflight, p.inflight_hop);
     }
 }
