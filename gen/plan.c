@@ -584,8 +584,8 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
     }
     if (!gen_keys_has(set, AT(inflight_hop)))
         p->inflight_hop = max_int(1, min_int(p->inflight, INFLIGHT_HOP_BYTES / p->stage_bytes));
-    if (!gen_keys_has(set, AT(early))) /* with so few warps a thread has registers for both */
-        p->early = p->warps <= 6 && has_early(p);
+    if (!gen_keys_has(set, AT(early))) /* so few warps have registers for both, and for the words of so many groups */
+        p->early = p->warps <= 6 && p->groups <= 30 && has_early(p);
     if (!gen_keys_has(set, AT(tokens_per_launch))) { /* a token takes about twice its floor, and hops */
         const double kv_us = p->floor_us * (double) p->kv_bytes / (double) p->token_bytes;
         p->tokens_per_launch =
@@ -660,10 +660,11 @@ static int check_choices(const struct gen_plan *p, struct mk_err *err)
                         "plan: inflight is %d, inflight_heads %d and inflight_hop %d; they must not exceed "
                         "stages %d, stages and inflight",
                         p->inflight, p->inflight_heads, p->inflight_hop, p->stages);
+    if (p->early && !p->cluster)
+        return gen_fail(err, MK_EINVAL, "plan: early is sums; only groups that are clusters have registers for that");
     if (p->early && !has_early(p))
         return gen_fail(err, MK_EINVAL,
-                        "plan: early is sums; that needs groups that are clusters, and here a block in one "
-                        "chunk: %d bytes of %d",
+                        "plan: early is sums; that needs chunks as long as a block, %d bytes, and chunk_bytes is %d",
                         p->phase[GEN_HEAD].units * 512, p->chunk_bytes);
     if (p->team_from && most_team(p) == 1)
         return gen_fail(

@@ -70,7 +70,7 @@ struct gen_plan {
     int inflight_heads;     /* the same of q, k, v and O */
     int inflight_hop;       /* the same while a hop is awaited */
     int team_from; /* first position of launches in which groups without KV heads help; 0: never */
-    int early;              /* weights are read into registers before 0: x, 1: the sums that make it */
+    int early;              /* what is awaited with the next weights in registers; 0: x, 1: already the sums that make it */
     int unroll_layers;      /* 0: list of calls, 1: loop, 2: all inline */
     int tokens_per_launch;  /* K */
     int round_blocks;       /* blocks of a phase between two barriers */

@@ -149,7 +149,7 @@ struct lane {
     int rank, kind;
     double now;   /* cycles since the token began */
     double ahead; /* bytes in the ring */
-    double apart; /* cycles by which the last one of its like comes later */
+    double apart; /* cycles by which the last one of its like comes later; at most a trip's of rows */
     double cycles[MK_LAP_COUNT], waited[MK_LAP_COUNT];
 };
 
@@ -292,7 +292,7 @@ static double latest(const struct sim *s, enum who send)
     return last;
 }
 
-/* Does LANE read the weights of what follows hop STAGE while it waits? */
+/* Does LANE read the weights of what follows hop STAGE while it waits?  With early=sums it is done before. */
 static int reads_early(const struct sim *s, const struct lane *lane, int stage)
 {
     const int blocks = stage == MK_LAP_O_X ? lane->cls->units : is_one(s, lane, ATTEND);

@@ -198,6 +198,7 @@ static void add_few(void)
 
     add_job("qwen3-0.6b", 90, NULL);
     add_job("llama-3.2-1b", 90, NULL);
+    add_job("smollm2-135m", 90, NULL); /* early=sums: weights are held over both waits */
     add_job("qwen2.5-0.5b", 90, "team_from=3520"); /* attention merges what a team has found */
     add_job("qwen3-8b", 86, NULL); /* four query heads of 128 at once take the most registers */
     for (int i = 0; archs[i]; i++)

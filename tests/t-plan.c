@@ -1068,12 +1068,13 @@ static void test_early(void)
     CHECK(make(&m, &g, 0, NULL, SET("warps=7", "early=sums"), &p) == 0 && p.early == 1);
     CHECK(make(&m, &g, 0, NULL, SET("cluster=l2"), &p) == 0 && p.early == 0);
     CHECK(make(&m, &g, 0, NULL, SET("chunk_bytes=4608"), &p) == 0 && p.early == 0);
+    CHECK(make(&m, &g, 0, NULL, SET("group=2"), &p) == 0 && p.groups > 30 && p.early == 0);
+    CHECK(make(&m, &g, 0, NULL, SET("early=sums"), &p) == 0);
+    check_round_trip(&p);
     refused("smollm2-135m", "h200", 0, SET("cluster=l2", "early=sums"),
-            "plan: early is sums; that needs groups that are clusters, and here a block in one chunk: 9216 "
-            "bytes of 16384");
+            "plan: early is sums; only groups that are clusters have registers for that");
     refused("smollm2-135m", "h200", 0, SET("chunk_bytes=9000", "early=sums"),
-            "plan: early is sums; that needs groups that are clusters, and here a block in one chunk: 9216 "
-            "bytes of 9000");
+            "plan: early is sums; that needs chunks as long as a block, 9216 bytes, and chunk_bytes is 9000");
 }
 
 static void test_settings(void)

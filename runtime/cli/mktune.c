@@ -298,17 +298,18 @@ static void choice(const struct gen_plan *p, const char *key, char *out, size_t 
     free(dump);
 }
 
-/* Does KEY stand in the file?  What the user set or the search moved, and all of the table; of the
-   numbers of CTAs and of positions that the plan finds by itself neither: parts of one product hold
-   different numbers of clusters. */
+/* Does KEY stand in the file?  What the user set or the search moved, and all of the table, but for
+   what the plan finds by itself and another part of the product may have otherwise: it holds other
+   numbers of clusters, or none. */
 static int is_put(const struct search *s, const char *key)
 {
+    static const char of_a_part[] = "ctas team_from cluster early";
     int put = search_has_key(s->moved, key);
 
     for (int i = 0; i < s->o->set.n; i++)
         put |= search_has_key(s->o->set.item[i], key);
     for (int i = 0; search_knob(i); i++)
-        put |= search_has_key(search_knob(i)->keys, key) && !search_has_key("ctas team_from", key);
+        put |= search_has_key(search_knob(i)->keys, key) && !search_has_key(of_a_part, key);
     return put;
 }
 

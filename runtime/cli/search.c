@@ -40,10 +40,10 @@ const struct search_knob *search_knob(int i)
 /* Values that were good with another KEY: when it is changed, the plan finds these anew. */
 static const struct { const char *key, *derived; } derivations[] = {
     { "chunk_bytes", "stages inflight inflight_heads inflight_hop team_from early" },
-    { "group", "ctas team_from" },
+    { "group", "ctas team_from early" },
     { "cluster", "ctas team_from early" },
     { "warps", "early" },
-    { "ctas", "team_from" },
+    { "ctas", "team_from early" },
 };
 enum { N_DERIVATIONS = sizeof(derivations) / sizeof(derivations[0]) };
 

@@ -1000,10 +1000,13 @@ static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], floa
     }
 }
 
-// Pairs of blocks that are multiplied at once; and whose weights are read, if there are EARLY_FROM blocks, before x is
-// awaited, or already the sums that make it: so much of the ring is free to be filled meanwhile.
-constexpr int PAIRS_AT_ONCE = STAGES < 8 ? 1 : 2, PAIRS_EARLY = STAGES < 8 ? 1 : Span<Rows::UNITS>::MINE < 4 ? 3 : 2;
+// Pairs of blocks that are multiplied at once.
+constexpr int PAIRS_AT_ONCE = STAGES < 8 ? 1 : 2;
+// Pairs whose weights are in registers while x is awaited: as much of the ring can be filled meanwhile.
+constexpr int PAIRS_EARLY = STAGES < 8 ? 1 : Span<Rows::UNITS>::MINE < 4 ? 3 : 2;
+// They are read already before the sums that make x are awaited.
 constexpr bool EARLY_SUMS = 0;
+// From so many blocks on they are read early; without clusters registers are too few.
 constexpr int EARLY_FROM = Rows::SPANS > 1 ? 2 : 1;
 
 // Which block of a pair this lane reads.
@@ -1081,7 +1084,7 @@ static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half
 }
 
 // Multiply N blocks by x, from chunk CHUNK on; sums go to PART[warp][row].  AWAIT brings x, unless IS_READY says that it
-// is there; otherwise N is EARLY_FROM or more.  Returns the next chunk.
+// is there: it always does of fewer than EARLY_FROM blocks.  Returns the next chunk.
 template <class Await>
 static __device__ __forceinline__ u32 multiply_round(u32 chunk, const half *x, int n, float *part, bool is_ready, Await await)
 {
