@@ -614,7 +614,10 @@ static int check_cache(const struct gen_plan *p, struct mk_err *err)
 
 static int check_ring(const struct gen_plan *p, struct mk_err *err)
 {
-    const int tile = p->kv_tile * p->model.E * 4;
+    const int tile = p->kv_tile * p->model.E * 4, long_blocks = p->phase[GEN_HEAD].spans > 1;
+    const struct gen_batch *b = &p->batch;
+    const int rows = 2 * (long_blocks ? b->spans : b->early > b->pairs ? b->early : b->pairs);
+    const int most = rows > b->columns ? rows : b->columns;
 
     for (int i = 0; i < GEN_PHASES; i++)
         if (check_phase(p, i, err))
@@ -625,8 +628,8 @@ static int check_ring(const struct gen_plan *p, struct mk_err *err)
     NEED(p->kv_tile > 0 && p->kv_tile % 16 == 0 && tile <= p->stage_bytes,
          "a tile of the KV cache has %d positions, %d bytes, and a stage of the ring %d bytes",
          p->kv_tile, tile, p->stage_bytes);
-    NEED(p->stages > 1, /* four at once, of 8 or more stages */
-         "consumers wait for 2 chunks at once; with stages %d that is a deadlock", p->stages);
+    NEED(p->stages >= most, "consumers wait for %d chunks at once; with stages %d that is a deadlock", most,
+         p->stages);
     NEED(p->inflight_hop > 0 && p->inflight >= p->inflight_hop,
          "inflight is %d and inflight_hop %d; they must be 1 or more, and inflight the larger",
          p->inflight, p->inflight_hop);

@@ -110,6 +110,10 @@ static void put_groups(FILE *f, const struct gen_plan *p)
 
     put_int(f, "PLAN_PAIRS", p->pairs);
     put_int(f, "PLAN_RANK_PAIRS", p->rank_pairs);
+    put_int(f, "PLAN_BATCH_PAIRS", p->batch.pairs);
+    put_int(f, "PLAN_BATCH_EARLY", p->batch.early);
+    put_int(f, "PLAN_BATCH_SPANS", p->batch.spans);
+    put_int(f, "PLAN_BATCH_COLUMNS", p->batch.columns);
     put_int(f, "PLAN_SETS", p->sets);
     put_int(f, "PLAN_SET_PAIRS", p->set_pairs);
     put_int(f, "PLAN_MOST_HEADS", p->most_heads);

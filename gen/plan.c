@@ -136,6 +136,20 @@ static void share_units(const struct gen_plan *p, int units[GEN_MOST_CTAS])
     }
 }
 
+/* As many as registers hold, and no more than leaves a ring of few stages something to do. */
+static void plan_batch(struct gen_plan *p)
+{
+    const struct gen_phase *head = &p->phase[GEN_HEAD];
+    const int many = p->stages >= 8, few_units = ceil_div(head->units, p->warps) < 4;
+    const int even = head->spans % 2 == 0 && head->units % head->span_units == 0;
+    const int columns = many ? 4 : 2, span = max_int(p->phase[GEN_O].span_units, p->phase[GEN_DOWN].span_units);
+
+    p->batch.pairs = many ? 2 : 1;
+    p->batch.early = many && few_units ? 3 : p->batch.pairs;
+    p->batch.spans = p->cluster && p->group > 1 && many && even ? 2 : 1;
+    p->batch.columns = columns * span <= 8 ? columns : span <= 4 ? 2 : 1;
+}
+
 /* Can weights be in registers while sums are awaited?  Those of longer blocks are too many. */
 static int has_early(const struct gen_plan *p)
 {
@@ -575,6 +589,7 @@ static void choose_ring(struct gen_plan *p, unsigned long set)
         const int chunks = (int) min_int64(16, token_chunks(p, 0)); /* see check_ring */
         p->stages = max_int(2, min_int(chunks, stages_that_fit(p)));
     }
+    plan_batch(p);
     if (!gen_keys_has(set, AT(inflight)))
         p->inflight =
             max_int(1, min_int(p->stages, (INFLIGHT_BYTES + p->stage_bytes / 2) / p->stage_bytes));

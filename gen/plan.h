@@ -42,6 +42,14 @@ struct gen_phase {
     int cta_blocks;         /* most blocks that a CTA has */
 };
 
+/* What consumers take from the ring at once. */
+struct gen_batch {
+    int pairs;              /* pairs of blocks, where a block is one chunk */
+    int early;              /* the same while x is awaited, in groups that are clusters */
+    int spans;              /* chunks of each of two blocks, where a block is several */
+    int columns;            /* chunks of O and DOWN */
+};
+
 /* Groups that have the same numbers of heads and units. */
 struct gen_class {
     int first, groups;      /* groups first .. first + groups - 1 */
@@ -96,6 +104,7 @@ struct gen_plan {
     int most_stages;        /* prefill: of a pipeline of copies; sm_75 copies at once */
     struct gen_phase phase[GEN_PHASES];
     int stage_bytes;        /* of a ring stage */
+    struct gen_batch batch;
     int64_t layers_offset;  /* of the first layer in a CTA's stream; the head is at 0 */
     int64_t cta_bytes;      /* of a CTA's stream */
     int64_t stream_bytes;   /* of all streams */

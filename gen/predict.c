@@ -336,16 +336,14 @@ static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum wh
 static struct trips trips_of(const struct gen_plan *p)
 {
     const struct gen_phase *f = &p->phase[GEN_HEAD];
-    const int fit = p->stages >= 8, pairs = fit ? 2 : 1, units = ceil_div(f->units, p->warps);
-    const int whole = f->units % f->span_units == 0 && f->spans % 2 == 0;
-    const int together = p->cluster && fit && whole ? 2 : 1;
-    struct trips t = {.each = 1, .blocks = 2 * pairs, .early = fit && units < 4 ? 6 : 2 * pairs};
+    struct trips t = {.each = 1, .blocks = 2 * p->batch.pairs, .early = 2 * p->batch.early};
 
     t.bytes = f->units * 512.0;
     if (f->spans > 1) {
-        t.each = ceil_div(f->spans, together) * LONG_TRIP;
+        const int parts = ceil_div(f->spans, p->batch.spans);
+        t.each = parts * LONG_TRIP;
         t.blocks = t.early = 2;
-        t.bytes /= ceil_div(f->spans, together);
+        t.bytes /= parts;
     }
     if (!p->cluster)
         t.early = 0;
@@ -364,21 +362,12 @@ static void rows(const struct sim *s, struct lane *lane, int stage, int blocks)
     spend(s, lane, stage, blocks ? busy : EMPTY_CALL, blocks * block_bytes);
 }
 
-/* Units that columns() of head.cu.m4 takes from the ring at once, of a phase that has SPAN in a chunk. */
-static int units_at_once(const struct gen_plan *p, int span)
-{
-    const int o = p->phase[GEN_O].span_units, down = p->phase[GEN_DOWN].span_units;
-    const int most = o > down ? o : down, fit = p->stages < 8 ? 2 : 4;
-
-    return span * (fit * most <= 8 ? fit : most <= 4 ? 2 : 1);
-}
-
 /* UNITS of a matrix that is split by columns. */
 static void columns(const struct sim *s, struct lane *lane, int stage, int units)
 {
     const int span = s->p->phase[stage == MK_LAP_O ? GEN_O : GEN_DOWN].span_units;
     const double bytes = dealt(s->p->pairs, 1, s->p->group, lane->rank) * 1024.0 * units;
-    const double trips = s->p->sets * ceil_div(units, units_at_once(s->p, span));
+    const double trips = s->p->sets * ceil_div(units, span * s->p->batch.columns);
 
     if (units)
         spend(s, lane, stage, max_of(work[stage].fixed + work[stage].each * (trips - 1), bytes / s->r.smem_bytes),

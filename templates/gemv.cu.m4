@@ -1,3 +1,4 @@
+t_need({|PLAN_BATCH_PAIRS|}, {|PLAN_BATCH_EARLY|}, {|PLAN_BATCH_SPANS|}, {|PLAN_BATCH_COLUMNS|})m4_dnl
 t_section({|Matrix x vector, from the ring|})
 
 // Wait for the chunks before chunk END.
@@ -115,9 +116,9 @@ static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], floa
 }
 
 // Pairs of blocks that are multiplied at once.
-constexpr int PAIRS_AT_ONCE = STAGES < 8 ? 1 : 2;
+constexpr int PAIRS_AT_ONCE = PLAN_BATCH_PAIRS;
 // Pairs whose weights are in registers while x is awaited: as much of the ring can be filled meanwhile.
-constexpr int PAIRS_EARLY = STAGES < 8 ? 1 : Span<Rows::UNITS>::MINE < 4 ? 3 : 2;
+constexpr int PAIRS_EARLY = PLAN_BATCH_EARLY;
 // They are read already before the sums that make x are awaited.
 constexpr bool EARLY_SUMS = PLAN_EARLY;
 // From so many blocks on they are read early; without clusters registers are too few.
@@ -186,7 +187,7 @@ template <int N, class Ready>
 static __device__ __forceinline__ u32 multiply_long_blocks(u32 chunk, const half *x, float *part, Ready ready)
 {
     constexpr int SPAN = Rows::SPAN_UNITS, LAST = Rows::UNITS - (Rows::SPANS - 1) * SPAN; // units
-    constexpr int TOGETHER = t_if(PLAN_CLUSTER > 1, {|STAGES >= 8 && Rows::SPANS % 2 == 0 && LAST == SPAN ? 2 : 1|}, 1);
+    constexpr int TOGETHER = PLAN_BATCH_SPANS;
     float sum[2][4] = {};
     #pragma unroll 1
     for (int span = 0; span < Rows::SPANS - (TOGETHER == 1); span += TOGETHER)

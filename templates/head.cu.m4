@@ -157,7 +157,7 @@ t_stage void columns(int which, int layer)
 {
     constexpr bool EARLY = PLAN_CLUSTER > 1; // elsewhere registers are too few
     constexpr int SPAN = O::SPAN_UNITS > Down::SPAN_UNITS ? O::SPAN_UNITS : Down::SPAN_UNITS;
-    constexpr int FIT = STAGES < 8 ? 2 : 4, CHUNKS = FIT * SPAN <= 8 ? FIT : SPAN <= 4 ? 2 : 1; // at once
+    constexpr int CHUNKS = PLAN_BATCH_COLUMNS; // at once
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = my_rank();
     const int span = which ? Down::SPAN_UNITS : O::SPAN_UNITS;
     const Share mine = share_of(my_group());

@@ -536,8 +536,12 @@ static void test_streams(void)
             "plan: phase DOWN: a chunk has 24576 bytes and a stage of the ring 16384");
     SPOILED(both, p.stage_bytes -= 512,
             "plan: phase QKV: a chunk has 16384 bytes and a stage of the ring 15872");
-    SPOILED(both, p.stages = 1,
-            "plan: consumers wait for 2 chunks at once; with stages 1 that is a deadlock");
+    SPOILED(both, p.stages = 3,
+            "plan: consumers wait for 4 chunks at once; with stages 3 that is a deadlock");
+    SPOILED(both, p.batch.columns = p.stages + 1,
+            "plan: consumers wait for 9 chunks at once; with stages 8 that is a deadlock");
+    SPOILED(both, p.batch.early = (p.stages + 2) / 2,
+            "plan: consumers wait for 10 chunks at once; with stages 8 that is a deadlock");
     SPOILED(both, p.kv_tile = 24,
             "plan: a tile of the KV cache has 24 positions, 12288 bytes, and a stage of the ring "
             "16384 bytes");

@@ -944,9 +944,9 @@ static __device__ __forceinline__ void leave_sums(const float (&sum)[2][4], floa
 }
 
 // Pairs of blocks that are multiplied at once.
-constexpr int PAIRS_AT_ONCE = STAGES < 8 ? 1 : 2;
+constexpr int PAIRS_AT_ONCE = 2;
 // Pairs whose weights are in registers while x is awaited: as much of the ring can be filled meanwhile.
-constexpr int PAIRS_EARLY = STAGES < 8 ? 1 : Span<Rows::UNITS>::MINE < 4 ? 3 : 2;
+constexpr int PAIRS_EARLY = 3;
 // They are read already before the sums that make x are awaited.
 constexpr bool EARLY_SUMS = 0;
 // From so many blocks on they are read early; without clusters registers are too few.
@@ -1840,7 +1840,7 @@ static __device__ __noinline__ void columns(int which, int layer)
 {
     constexpr bool EARLY = 1 > 1; // elsewhere registers are too few
     constexpr int SPAN = O::SPAN_UNITS > Down::SPAN_UNITS ? O::SPAN_UNITS : Down::SPAN_UNITS;
-    constexpr int FIT = STAGES < 8 ? 2 : 4, CHUNKS = FIT * SPAN <= 8 ? FIT : SPAN <= 4 ? 2 : 1; // at once
+    constexpr int CHUNKS = 1; // at once
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = my_rank();
     const int span = which ? Down::SPAN_UNITS : O::SPAN_UNITS;
     const Share mine = share_of(my_group());
