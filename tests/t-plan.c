@@ -1077,6 +1077,27 @@ static void test_early(void)
             "plan: early is sums; that needs chunks as long as a block, 9216 bytes, and chunk_bytes is 9000");
 }
 
+/* A carried plan is one for every part of its product, also for one without clusters. */
+static void test_parts(void)
+{
+    static struct gen_plan p;
+    struct gen_model m;
+    struct gen_gpu g, part;
+    char file[4096];
+    int carried = 0;
+
+    for (int i = 0; gen_model_carried(i); i++) {
+        get(gen_model_carried(i), "h200", &m, &g);
+        if (!gen_plan_carried(&m, &g, file, sizeof file))
+            continue;
+        carried++;
+        for (int j = 0; gen_gpu_part(&g, j, &part) == 0; j++)
+            CHECKF(gen_plan_make(&m, &part, 0, file, NULL, &p, &err) == 0, "%s, %d clusters: %s", file,
+                   part.clusters[3], err.text);
+    }
+    CHECKF(carried >= 6, "%d carried plans", carried);
+}
+
 static void test_settings(void)
 {
     refused("qwen3-0.6b", "h200", 0, SET("warps"), "--set: \"warps\" is not key=value");
@@ -1292,6 +1313,7 @@ int main(void)
     test_blocks();
     test_team();
     test_early();
+    test_parts();
     test_settings();
     test_group_settings();
     test_group_choices();
