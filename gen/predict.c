@@ -46,7 +46,7 @@ struct rates {
 };
 
 /* h200, 2026-11-30:
-   read_gbps       4590 to 4610 in the run of tests/t-predict.c, 4500 to 4710 on others.
+   read_gbps       4590 to 4610 in the run of tests/t-predict.c's figures, 4680 to 4710 on others.
    clock_mhz       inferred: the stages with timing=on over their time, 1740 (0.6B) to 1860
                    (SmolLM2-135M).  The column MHz says 1980, and no limit of power or heat is
                    reached; but under load each GPC has its own clock: of cluster=l2, which ncu can
@@ -201,7 +201,7 @@ static void spend_at(const struct sim *s, struct lane *lane, int stage, double w
     const double late = bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - busy) : 0;
     const double all = busy + late;
 
-    if (late > 0)
+    if (late > 0 && s->p->cluster) /* fitted to plans with clusters only */
         lane->apart = max_of(lane->apart, min_of(late, s->trips.blocks * s->trips.bytes / rate));
     lane->ahead = min_of(s->ring, lane->ahead + rate * all - bytes);
     lane->now += all;
