@@ -23,10 +23,11 @@ enum {
 /* What a check has seen.  Steps as in struct rt_ran. */
 struct tally {
     int steps;                  /* compared */
-    float error;                /* largest |logit - oracle|; INFINITY for NaN */
+    float part;                 /* largest |logit - oracle| over the step's SCALE, its largest |logit| in the oracle */
+    float error, scale;         /* the two, of the step where that is; ERROR is INFINITY for NaN */
     int error_step;
-    float scale;                /* smallest over the steps of the oracle's largest |logit| */
-    float gap;                  /* furthest that a chosen token is below the oracle's maximum */
+    float gap_part;             /* furthest that a chosen token is below the oracle's maximum, over SCALE */
+    float gap, gap_scale;
     int gap_step, gap_choice;
     float row_error;            /* largest RMS error of a KV row over the RMS of its head's rows */
     int row_pos, row_layer, row_head, row_which;
@@ -60,13 +61,15 @@ struct check {
        4096   32   0.044    0.041     llama-3.1-8b
        4096   36   0.035    0.034     qwen3-8b
 
-   Wide random models amplify more: their sums have sigma 0.02 sqrt(D).  The line below is two to
-   three times these figures; rows one position off show as 0.14 in toy-qwen3, a wrong element of
-   a row as 0.1.  fp16 has three bits more: the simulation gave an eighth (toy-qwen3: a sixth); a
-   fifth leaves room for float sums in another order. */
+   Wide random models amplify more: their sums have sigma 0.02 sqrt(D).  And some tokens amplify several times
+   as much as most: of 130 steps of smollm2-1.7b (D 2048) on the H200 two thirds were below 0.015, one was 0.050
+   off with every plan, and so was it in the simulation (0.025); of llama-3.2-1b one had KV rows 0.059 off.  The
+   line below is above those; rows one position off show as 0.14 in toy-qwen3, a wrong element of a row as 0.1.
+   fp16 has three bits more: the simulation gave an eighth (toy-qwen3: a sixth); a fifth leaves room for float
+   sums in another order. */
 static float allowed(const struct rt_bench *b)
 {
-    const float bf16 = 0.012f + 2e-5f * (float)b->model.D;
+    const float bf16 = fminf(0.012f + 3e-5f * (float)b->model.D, 0.095f);
 
     return b->plan->dtype == GEN_FP16 ? bf16 / 5 : bf16;
 }
@@ -145,32 +148,51 @@ static int oracle_steps(struct check *c, int first, int n, float *logits, struct
     return rc ? rc : each_rows(c, pos, n, compare_rows, err);
 }
 
+static float largest(const float *logits, int V)
+{
+    float most = 0;
+
+    for (int i = 0; i < V; i++)
+        most = fmaxf(most, fabsf(logits[i]));
+    return most;
+}
+
+/* The token CHOSEN in STEP is GAP below BEST in the oracle, whose logits have SCALE. */
+static void note_gap(struct tally *t, int step, int best, float gap, float scale)
+{
+    const float part = gap / scale;
+
+    if (part <= t->gap_part)
+        return;
+    t->gap_part = isnan(part) ? INFINITY : part;
+    t->gap = gap;
+    t->gap_scale = scale;
+    t->gap_step = step;
+    t->gap_choice = best;
+}
+
 /* Compare the logits of one step. */
 static void compare_logits(struct tally *t, int step, int chosen, const float *device,
                            const float *oracle, int V)
 {
-    float scale = 0, gap;
+    const float scale = largest(oracle, V);
+    float error = 0;
     int best = 0;
 
     for (int i = 0; i < V; i++) {
-        const float error = fabsf(device[i] - oracle[i]);
-        if (!(error <= t->error)) {
-            t->error = isnan(error) ? INFINITY : error;
-            t->error_step = step;
-        }
+        const float off = fabsf(device[i] - oracle[i]);
+        if (!(off <= error))
+            error = isnan(off) ? INFINITY : off;
         if (oracle[i] > oracle[best])
             best = i;
-        if (fabsf(oracle[i]) > scale)
-            scale = fabsf(oracle[i]);
     }
-    gap = oracle[best] - oracle[chosen];
-    if (gap > t->gap) {
-        t->gap = gap;
-        t->gap_step = step;
-        t->gap_choice = best;
-    }
-    if (t->steps == 0 || scale < t->scale)
+    if (t->steps == 0 || !(error / scale <= t->part)) {
+        t->part = error / scale;
+        t->error = error;
         t->scale = scale;
+        t->error_step = step;
+    }
+    note_gap(t, step, best, oracle[best] - oracle[chosen], scale);
     t->steps++;
 }
 
@@ -315,14 +337,14 @@ static void judge(const struct check *c, struct rt_bench_verdict *v)
     v->checked = t->steps;
     v->max_error = t->error;
     v->tolerance = part * t->scale;
-    if (!(t->error <= v->tolerance && v->tolerance < INFINITY))
+    if (!(t->part <= part && t->scale < INFINITY))
         wrong(v, "a logit at position %d is %.3g from the C reference's; %.3g is allowed",
               pos + t->error_step, (double)t->error, (double)v->tolerance);
-    else if (!(t->gap <= v->tolerance))
+    else if (!(t->gap_part <= part))
         wrong(v, "the token chosen at position %d is %d, whose logit in the C reference is %.3g "
               "below that of %d; %.3g is allowed", pos + t->gap_step,
               (int)c->ran->chosen[t->gap_step], (double)t->gap, t->gap_choice,
-              (double)v->tolerance);
+              (double)(part * t->gap_scale));
     else if (!(t->row_error <= part))
         wrong(v, "the %s of position %d, layer %d, KV head %d are %.3g %% from the C reference's; "
               "%.3g %% is allowed", t->row_which ? "values" : "keys", t->row_pos, t->row_layer,
@@ -416,36 +438,32 @@ int rt_bench_output(struct rt_bench *b, struct rt_bench_output *out, struct mk_e
 static void compare_choices(struct tally *t, const struct rt_ran *ran,
                             const struct rt_bench_output *want, int V)
 {
+    const float *logits;
     int i = 0;
-    float gap;
 
     while (i < ran->n && ran->chosen[i] == want->chosen[i])
         i++;
     if (i == ran->n)
         return;
-    gap = want->logits[(size_t)i * (size_t)V + (size_t)want->chosen[i]] -
-          want->logits[(size_t)i * (size_t)V + (size_t)ran->chosen[i]];
-    if (!(gap <= t->gap)) {
-        t->gap = isnan(gap) ? INFINITY : gap;
-        t->gap_step = i;
-        t->gap_choice = want->chosen[i];
-    }
+    logits = want->logits + (size_t)i * (size_t)V;
+    note_gap(t, i, want->chosen[i], logits[want->chosen[i]] - logits[ran->chosen[i]], largest(logits, V));
 }
 
 static void judge_output(const struct rt_bench *b, const struct tally *t, struct rt_bench_verdict *v)
 {
     const int pos = b->ran.pos;
+    const float part = allowed(b);
 
     v->checked = t->steps;
     v->max_error = t->error;
-    v->tolerance = allowed(b) * t->scale;
-    if (!(t->error <= v->tolerance && v->tolerance < INFINITY))
+    v->tolerance = part * t->scale;
+    if (!(t->part <= part && t->scale < INFINITY))
         wrong(v, "a logit at position %d is %.3g from the other kernel's; %.3g is allowed",
               pos + t->error_step, (double)t->error, (double)v->tolerance);
-    else if (!(t->gap <= v->tolerance))
+    else if (!(t->gap_part <= part))
         wrong(v, "the token chosen at position %d has a logit in the other kernel %.3g below that of "
               "%d; %.3g is allowed", pos + t->gap_step, (double)t->gap, t->gap_choice,
-              (double)v->tolerance);
+              (double)(part * t->gap_scale));
     else
         snprintf(v->text, sizeof v->text, "logits within %.3g of the other kernel's (%.3g allowed)",
                  (double)t->error, (double)v->tolerance);
