@@ -38,6 +38,7 @@ struct rates {
     double clock_mhz;      /* cycles of a token's stages / its time */
     double slowest;        /* part of its share of read_gbps that the slowest CTA gets */
     double cta_bytes;      /* a cycle: what the ring of one CTA takes in at most */
+    double kv_bytes;       /* the same of tiles of the cache */
     double smem_bytes;     /* a cycle: what one CTA multiplies from its ring */
     double latency_ns;     /* from the start of a copy until it has landed */
     double hop_cluster_ns; /* over distributed shared memory */
@@ -53,17 +54,17 @@ struct rates {
                    look at, 1790 to 1900 in one launch.
    slowest         fitted: the head of models that wait for memory, with NEXT, which waits for the
                    last CTA.
-   cta_bytes       fitted: position 32600 of 0.6B, whose KV tiles 64 CTAs read at 30 or more.
+   cta_bytes       fitted: q, k, v of Qwen2.5-7B, which 32 CTAs read at 42.
+   kv_bytes        fitted: position 32600 of 0.6B, whose KV tiles 64 CTAs read at 30 or more.
    smem_bytes      what shared memory gives; NOTEBOOK.md: 490 cycles for 64 KiB.
    latency_ns      fitted: inflight=2, inflight_hop=1 of 0.6B and 3, 1 of Llama-3.2-1B, an earlier kernel.  Of a chunk
-                   of 16 KiB under load, with its own transfer and until it is told of.  Twice as many
-                   chunks as inflight in groups with heads (inflight_heads) gave -1.3 to 1.6 %: left out.
+                   of 16 KiB under load, with its own transfer and until it is told of.
    hop_cluster_ns  a stopwatch kernel: 290 to 320 at any load, groups of 8 and 16.
    hop_l2_ns       the same, idle, groups of 16 CTAs; 1000 when all send to all.
    hop_queue       fitted: DOWN_SUMS of 0.6B and 0.5B, 700 and 1000 cycles longer than of
                    SmolLM2-135M. */
 static const struct rates rates[] = {
-    {"h200", 4600, 1790, 0.95, 32, 128, 1100, 300, 750, 0.3},
+    {"h200", 4600, 1790, 0.95, 40, 32, 128, 1100, 300, 750, 0.3},
 };
 enum { N_RATES = sizeof rates / sizeof *rates };
 
@@ -76,26 +77,27 @@ enum { N_RATES = sizeof rates / sizeof *rates };
 struct work {
     double fixed, each;
     double apart; /* of a hop: the part of what CTAs are apart that it waits for; fitted */
+    double l2;    /* where groups are not clusters, on top of FIXED */
 };
 static const struct work work[MK_LAP_COUNT] = {
     [MK_LAP_EMBED] = {1750, 0.45}, /* each: of D */
     [MK_LAP_QKV] = {960, 150}, /* of a round of blocks; each: trip to the ring when x is there */
-    [MK_LAP_QKV_HOP] = {30, 0},
+    [MK_LAP_QKV_HOP] = {30, 0, 0, -350},
     [MK_LAP_ROWS] = {270, 430},  /* of a row that a warp rotates; each: its norm */
     [MK_LAP_ATTN] = {1000, 275}, /* of a head; each: turn of tiles and 8 queries, of 64 of E, and TURN more */
     [MK_LAP_PART] = {590, 46},   /* of a head; each: warp that has attended */
-    [MK_LAP_PART_HOP] = {100, 0},
-    [MK_LAP_MERGE] = {330, 5}, /* each: rank that has tiles */
-    [MK_LAP_O] = {560, 950}, /* of the first trip to the ring; each: of those behind it, sets of pairs multiplied */
-    [MK_LAP_O_SUMS] = {520, 0, 1},
-    [MK_LAP_O_X] = {850, 400}, /* each: trip to the ring before x is there */
+    [MK_LAP_PART_HOP] = {500, 0},
+    [MK_LAP_MERGE] = {330, 0.11}, /* each: value from a rank that has tiles */
+    [MK_LAP_O] = {560, 950, 0, 900}, /* of the first trip to the ring; each: of those behind it, sets of pairs multiplied */
+    [MK_LAP_O_SUMS] = {520, 0, 1, 500},
+    [MK_LAP_O_X] = {530, 400, 0, 920}, /* each: trip to the ring before x is there; x itself: see get_x */
     [MK_LAP_MLP] = {1200, 150}, /* as QKV */
-    [MK_LAP_MLP_HOP] = {560, 0, 0.6},
-    [MK_LAP_DOWN] = {560, 950}, /* as O */
-    [MK_LAP_DOWN_SUMS] = {520, 0, 0.6},
-    [MK_LAP_DOWN_X] = {350, 400, 0.4}, /* as O_X */
+    [MK_LAP_MLP_HOP] = {560, 0, 0.6, -500},
+    [MK_LAP_DOWN] = {560, 950, 0, 900}, /* as O */
+    [MK_LAP_DOWN_SUMS] = {520, 0, 0.6, 1200},
+    [MK_LAP_DOWN_X] = {30, 400, 0.4, 1320}, /* as O_X */
     [MK_LAP_HEAD] = {960, 150}, /* as QKV */
-    [MK_LAP_NEXT] = {4400, 0, 1},
+    [MK_LAP_NEXT] = {4400, 0, 1, 4000},
 };
 
 /* A matrix split by rows of which a CTA has none. */
@@ -104,6 +106,18 @@ enum { EMPTY_CALL = 170 };
 static const double TURN = 1.8;
 /* A trip for a part of long blocks, for which x is read again, over one for whole blocks. */
 enum { LONG_TRIP = 3 };
+/* Of x: from a rank of a cluster; an element through L2. */
+enum { X_RANK = 40 };
+static const double X_ELEMENT = 0.3;
+/* early=sums with more than so many warps leaves too few registers: an x more. */
+enum { MOST_EARLY_WARPS = 6, CROWDED = 900 };
+/* A value that PART sends to another rank of a cluster, beyond those that go along with the rest. */
+static const double SENT = 0.25;
+enum { SENT_ALONG = 2500 };
+/* What MERGE reads of a rank through L2. */
+enum { MERGE_L2 = 300 };
+/* Hops of a layer that wait for what CTAs are apart: together no longer than these have waited. */
+static const double WAITED = 2.6;
 /* What a lap itself takes, with timing=on. */
 enum { LAP = 170 };
 
@@ -201,8 +215,8 @@ static void spend_at(const struct sim *s, struct lane *lane, int stage, double w
     const double late = bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - busy) : 0;
     const double all = busy + late;
 
-    if (late > 0 && s->p->cluster) /* fitted to plans with clusters only */
-        lane->apart = max_of(lane->apart, min_of(late, s->trips.blocks * s->trips.bytes / rate));
+    if (late > 0)
+        lane->apart = max_of(lane->apart, min_of(late / WAITED, s->trips.blocks * s->trips.bytes / rate));
     lane->ahead = min_of(s->ring, lane->ahead + rate * all - bytes);
     lane->now += all;
     lane->cycles[stage] += all;
@@ -300,13 +314,29 @@ static int reads_early(const struct sim *s, const struct lane *lane, int stage)
     return (stage == MK_LAP_O_X || stage == MK_LAP_DOWN_X) && blocks && s->trips.early && !s->p->early;
 }
 
+/* What x takes on top of what other vectors do. */
+static double get_x(const struct sim *s)
+{
+    const struct gen_plan *p = s->p;
+    const double crowded = p->early && p->warps > MOST_EARLY_WARPS ? CROWDED : 0;
+
+    return p->cluster ? X_RANK * p->group + crowded : X_ELEMENT * p->model.D;
+}
+
+static double fixed(const struct sim *s, int stage)
+{
+    const int is_x = stage == MK_LAP_O_X || stage == MK_LAP_DOWN_X;
+
+    return work[stage].fixed + (s->p->cluster ? 0 : work[stage].l2) + (is_x ? get_x(s) : 0);
+}
+
 /* Those who TAKE wait for those who SEND, over distributed shared memory or through L2. */
 static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum who take)
 {
     const int on_chip = whom == GROUP && s->p->cluster;
     const double ns = on_chip ? s->r.hop_cluster_ns : s->r.hop_l2_ns;
     const double queue = on_chip ? 0 : queue_cycles(s, latest(s, send));
-    const double latency = work[stage].fixed + ns * s->r.clock_mhz / 1000 + queue;
+    const double latency = fixed(s, stage) + ns * s->r.clock_mhz / 1000 + queue;
     double last[LANES], apart[LANES];
 
     for (int i = 0; i < s->n; i++) {
@@ -370,7 +400,7 @@ static void columns(const struct sim *s, struct lane *lane, int stage, int units
     const double trips = s->p->sets * ceil_div(units, span * s->p->batch.columns);
 
     if (units)
-        spend(s, lane, stage, max_of(work[stage].fixed + work[stage].each * (trips - 1), bytes / s->r.smem_bytes),
+        spend(s, lane, stage, max_of(fixed(s, stage) + work[stage].each * (trips - 1), bytes / s->r.smem_bytes),
               bytes);
 }
 
@@ -414,23 +444,27 @@ static void attention(const struct sim *s, struct lane *lane)
     const int warps = (int) min_of(p->warps, cached * parts);
     const struct work *row = &work[MK_LAP_ROWS], *attn = &work[MK_LAP_ATTN],
                       *part = &work[MK_LAP_PART];
+    const double sent = p->cluster ? SENT * max_of(0, ratio * p->model.E * p->group - SENT_ALONG) : 0;
 
     if (!heads || tiles <= 0)
         return;
     spend(s, lane, MK_LAP_ROWS, row_turns * (row->fixed + row->each * p->model.qk_norm), 0);
     for (int i = 0; i < heads; i++) {
         spend_kv(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * (TURN + values), bytes);
-        spend(s, lane, MK_LAP_PART, part->fixed + part->each * warps, 0);
+        spend(s, lane, MK_LAP_PART, part->fixed + part->each * warps + sent, 0);
     }
 }
 
 /* Merge what the ranks have sent. */
 static void merge(const struct sim *s, struct lane *lane)
 {
+    const struct gen_model *m = &s->p->model;
+    const struct work *w = &work[MK_LAP_MERGE];
     const int ranks = (int) min_of(s->p->group, s->pos / s->p->kv_tile + 1);
+    const double rank = s->p->cluster ? w->each * (m->H / m->K) * m->E : MERGE_L2;
 
     if (is_one(s, lane, ATTEND))
-        spend(s, lane, MK_LAP_MERGE, work[MK_LAP_MERGE].fixed + work[MK_LAP_MERGE].each * ranks, 0);
+        spend(s, lane, MK_LAP_MERGE, w->fixed + rank * ranks, 0);
 }
 
 static void o(const struct sim *s, struct lane *lane)
@@ -515,21 +549,21 @@ static double cta_rate(const struct sim *s, double left, int ctas, int inflight)
     return min_of(left / ctas, min_of(s->r.cta_bytes, flying_rate(s, inflight)));
 }
 
-/* In attention's half groups with heads come first, as the rings of the others are full soon; far on, those of
-   helpers read too. */
+/* In attention's half groups with heads come first, as the rings of the others are full soon.  Far on, helpers
+   read the same weights from L2, and all share the memory for the cache. */
 static void set_rates(struct sim *s, const int ctas[GEN_KINDS])
 {
     const double gpu = gpu_bytes(&s->r);
     const int inflight = s->p->inflight, attend = s->far ? s->p->ctas : ctas[GEN_WITH_HEADS];
     const double all = cta_rate(s, gpu, s->p->ctas, inflight);
-    const double heads = cta_rate(s, gpu, attend, inflight);
+    const double heads = cta_rate(s, gpu, ctas[GEN_WITH_HEADS], s->p->inflight_heads);
     const double left = max_of(0, gpu - heads * ctas[GEN_WITH_HEADS]);
-    const int others = s->far ? 0 : ctas[GEN_OTHERS];
 
-    s->kv_rate = cta_rate(s, gpu, attend, s->p->stages);
+    s->kv_rate = min_of(s->r.kv_bytes, cta_rate(s, gpu, attend, s->p->stages));
     s->rate[MLP][GEN_WITH_HEADS] = s->rate[MLP][GEN_OTHERS] = all;
-    s->rate[ATTENTION][GEN_WITH_HEADS] = heads;
-    s->rate[ATTENTION][GEN_OTHERS] = others ? cta_rate(s, left, others, inflight) : all;
+    s->rate[ATTENTION][GEN_WITH_HEADS] = s->rate[ATTENTION][GEN_OTHERS] = heads;
+    if (ctas[GEN_OTHERS] && !s->far)
+        s->rate[ATTENTION][GEN_OTHERS] = cta_rate(s, left, ctas[GEN_OTHERS], inflight);
 }
 
 static void set_lanes(struct sim *s)
