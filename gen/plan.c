@@ -513,12 +513,13 @@ static int least_chunk(const struct gen_plan *p)
     return max_int(64 * p->model.E, ceil_div(rank_pairs, ceil_div(rank_pairs, p->warps)) * 1024);
 }
 
-/* A block in equal parts. */
+/* A block in equal parts, none shorter than a KV tile: stages would not be full. */
 static int long_chunk(const struct gen_plan *p)
 {
     const int units = ceil_div(p->model.D, 32), block = units * 512;
+    const int parts = block < LONG_BLOCK ? block / CHUNK : ceil_div(block, LONG_BLOCK);
 
-    return block < LONG_BLOCK ? CHUNK : ceil_div(units, ceil_div(block, LONG_BLOCK)) * 512;
+    return max_int(CHUNK, ceil_div(units, max_int(1, parts)) * 512);
 }
 
 /* As few as need no more turns than MOST, of a block's units and of a rank's pairs: they meet the sooner.  (Tiles of
