@@ -60,31 +60,3 @@ int gen_plan_carried(const struct gen_model *m, const struct gen_gpu *g, char *o
         *out = 0;
     return found;
 }
-
-/* Does SET choose anything that makes a kernel faster or slower?  Clocks do not: they measure it. */
-static int chooses(const char *const *set)
-{
-    for (; set && *set; set++)
-        if (strncmp(*set, "timing=", 7))
-            return 1;
-    return 0;
-}
-
-int gen_plan_choose(const struct gen_model *m, const struct gen_gpu *g, int context,
-                    const char *plan_file, const char *const *set, struct gen_plan *out,
-                    struct gen_plan_source *source, struct mk_err *err)
-{
-    const int chosen = plan_file || chooses(set);
-
-    memset(source, 0, sizeof *source);
-    if (plan_file && !strcmp(plan_file, "none"))
-        plan_file = NULL;
-    if (plan_file)
-        snprintf(source->file, sizeof source->file, "%s", plan_file);
-    if (!chosen && gen_plan_carried(m, g, source->file, sizeof source->file)) {
-        if (gen_plan_make(m, g, context, source->file, set, out, &source->refused) == 0)
-            return 0;
-        source->file[0] = 0;
-    }
-    return gen_plan_make(m, g, context, plan_file, set, out, err);
-}

@@ -361,19 +361,23 @@ static int write_pack(const struct options *o, const struct rt_key *key, const s
     return 0;
 }
 
-/* The choices of a carried plan file, or why it is not used; where they come from, for --dump-plan. */
+/* Where the choices come from, and why a carried plan file is not used. */
 static void tell_source(const struct options *o, const struct gen_model *m, const struct gen_gpu *g,
                         const struct gen_plan_source *source)
 {
+    const char *by = *source->file       ? source->file
+                     : *source->predicted ? "the performance model's: "
+                                          : "the generator's own";
+
     if (source->refused.code)
         cli_note("warning: the plan carried for %s on %s is not used: %s", m->name, g->name,
                  source->refused.text);
     if (o->dump_plan)
-        printf("# choices: %s%s%s\n", *source->file ? source->file : "the generator's own",
+        printf("# choices: %s%s%s%s\n", by, source->predicted,
                *source->file && !o->plan ? ", carried for this model and GPU" : "",
                o->set.n ? ", and --set" : "");
-    else if (*source->file && !o->quiet)
-        fprintf(stderr, "plan: %s\n", source->file);
+    else if ((*source->file || *source->predicted) && !o->quiet)
+        fprintf(stderr, "plan: %s%s\n", by, source->predicted);
 }
 
 /* Everything for one GPU.  Returns 0, CLI_FAILED, or -1: skipped. */

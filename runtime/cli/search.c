@@ -299,6 +299,21 @@ static int try_all(struct search *s, const struct candidate *c, int n, int *impr
     return rc < 0 ? rc : 0;
 }
 
+/* What is used without a plan file, unless the user chooses something. */
+static int run_predicted(struct search *s, struct candidate *c, struct mk_err *err)
+{
+    char choices[GEN_CHOICES];
+    int improved;
+
+    if (s->o->set.n)
+        return 0;
+    gen_plan_predicted(&s->model, &s->device.gpu, s->o->tune.context, choices);
+    if (!*choices || !make_candidate(s, "", choices, c))
+        return 0;
+    compile(s, c, 1);
+    return try_all(s, c, 1, &improved, err);
+}
+
 /* The user's candidates, each over the default plan. */
 static int run_tries(struct search *s, struct candidate *c, struct mk_err *err)
 {
@@ -320,7 +335,8 @@ static int run_knob(struct search *s, int k, struct candidate *c, int *improved,
     return try_all(s, c, n, improved, err);
 }
 
-/* The user's candidates, then rounds over all knobs, until one brings nothing or the time is over. */
+/* What is predicted to be best, the user's candidates, then rounds over all knobs, until one brings nothing or the
+   time is over. */
 static int run_all(struct search *s, struct mk_err *err)
 {
     struct candidate *c = calloc(SEARCH_VALUES, sizeof(*c));
@@ -328,7 +344,9 @@ static int run_all(struct search *s, struct mk_err *err)
 
     if (!c)
         return gen_fail(err, MK_ENOMEM, "not enough memory");
-    rc = run_tries(s, c, err);
+    rc = run_predicted(s, c, err);
+    if (rc == 0)
+        rc = run_tries(s, c, err);
     while (rc == 0 && improved && rt_tune_now() < s->end) {
         improved = 0;
         for (int k = 0; rc == 0 && k < s->n_knobs && rt_tune_now() < s->end; k++)

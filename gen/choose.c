@@ -1,0 +1,134 @@
+/* choose.c - the plan of one who chooses nothing: the carried one, or the one that is predicted to be fastest. */
+#include "config.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "gen/gen.h"
+
+/* ---- What is predicted to be fastest ---------------------------------------- */
+
+/* Choices whose effect predictions tell well (NOTEBOOK.md has them beside measurements); those on which others
+   depend come first. */
+static const struct {
+    const char *key;
+    int values[5];
+} knobs[] = {
+    {"group", {2, 4, 8, 16}},
+    {"chunk_bytes", {8192, 16384, 24576, 32768, 40960}},
+    {"balance", {15, 30, 60, 100, 200}},
+};
+enum { KNOBS = sizeof knobs / sizeof *knobs, VALUES = 5 };
+
+/* A choice must be predicted to be so much faster than what it replaces: less says nothing. */
+static const double LEAST_GAIN = 0.05;
+/* Where: in a conversation that has gone on for a while. */
+enum { POSITION = 1024 };
+
+struct choices {
+    char item[KNOBS][24]; /* KEY=VALUE */
+    int n;
+};
+
+/* The time of a token of the plan with these choices, in microseconds; 0: there is no such plan. */
+static double token_us(const struct gen_model *m, const struct gen_gpu *g, int context,
+                       const struct choices *c)
+{
+    const char *set[KNOBS + 1];
+    struct gen_prediction at;
+    struct gen_plan p;
+
+    for (int i = 0; i < c->n; i++)
+        set[i] = c->item[i];
+    set[c->n] = NULL;
+    if (gen_plan_make(m, g, context, NULL, set, &p, NULL))
+        return 0;
+    gen_predict(&p, POSITION < p.context ? POSITION : p.context - 1, &at);
+    return at.token_us;
+}
+
+/* Add the best value of knob K to C, whose tokens take *US, if it is worth it. */
+static void turn(const struct gen_model *m, const struct gen_gpu *g, int context, int k,
+                 struct choices *c, double *us)
+{
+    const double enough = *us * (1 - LEAST_GAIN);
+    struct choices with = *c;
+
+    with.n++;
+    for (int i = 0; i < VALUES && knobs[k].values[i]; i++) {
+        double other;
+
+        snprintf(with.item[c->n], sizeof *with.item, "%s=%d", knobs[k].key, knobs[k].values[i]);
+        other = token_us(m, g, context, &with);
+        if (other && other <= enough && other < *us) {
+            memcpy(c->item[c->n], with.item[c->n], sizeof *c->item);
+            *us = other;
+        }
+    }
+    c->n += *us <= enough;
+}
+
+void gen_plan_predicted(const struct gen_model *m, const struct gen_gpu *g, int context,
+                        char out[GEN_CHOICES])
+{
+    struct choices c = {.n = 0};
+    double us = g->host ? 0 : token_us(m, g, context, &c); /* what a CPU takes, nobody has predicted */
+    size_t at = 0;
+
+    for (int k = 0; us && k < KNOBS; k++)
+        turn(m, g, context, k, &c, &us);
+    *out = 0;
+    for (int i = 0; i < c.n; i++)
+        at += (size_t)snprintf(out + at, GEN_CHOICES - at, "%s%s", i ? " " : "", c.item[i]);
+}
+
+/* ---- The choice --------------------------------------------------------------- */
+
+/* Does SET choose anything that makes a kernel faster or slower?  Clocks do not: they measure it. */
+static int chooses(const char *const *set)
+{
+    for (; set && *set; set++)
+        if (strncmp(*set, "timing=", 7))
+            return 1;
+    return 0;
+}
+
+/* The plan with the CHOICES of gen_plan_predicted on top of the clocks of SET. */
+static int make_predicted(const struct gen_model *m, const struct gen_gpu *g, int context,
+                          const char *const *set, const char *choices, struct gen_plan *out,
+                          struct mk_err *err)
+{
+    char text[GEN_CHOICES], *rest = NULL;
+    const char *list[KNOBS + 2];
+    int n = 0, rc = gen_plan_make(m, g, context, NULL, set, out, err);
+
+    if (rc || !*choices)
+        return rc;
+    strcpy(text, choices);
+    for (char *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest))
+        list[n++] = word;
+    if (out->timing)
+        list[n++] = "timing=on";
+    list[n] = NULL;
+    return gen_plan_make(m, g, context, NULL, list, out, err);
+}
+
+int gen_plan_choose(const struct gen_model *m, const struct gen_gpu *g, int context,
+                    const char *plan_file, const char *const *set, struct gen_plan *out,
+                    struct gen_plan_source *source, struct mk_err *err)
+{
+    const int no_file = plan_file && !strcmp(plan_file, "none");
+
+    memset(source, 0, sizeof *source);
+    if (plan_file && !no_file)
+        snprintf(source->file, sizeof source->file, "%s", plan_file);
+    if (*source->file || chooses(set))
+        return gen_plan_make(m, g, context, *source->file ? plan_file : NULL, set, out, err);
+    if (!no_file && gen_plan_carried(m, g, source->file, sizeof source->file)) {
+        if (gen_plan_make(m, g, context, source->file, set, out, &source->refused) == 0)
+            return 0;
+        source->file[0] = 0;
+    }
+    gen_plan_predicted(m, g, context, source->predicted);
+    return make_predicted(m, g, context, set, source->predicted, out, err);
+}
