@@ -65,21 +65,19 @@ static void turn(const struct gen_model *m, const struct gen_gpu *g, int context
             *us = other;
         }
     }
-    c->n += *us <= enough;
+    if (*us <= enough)
+        c->n++;
 }
 
-void gen_plan_predicted(const struct gen_model *m, const struct gen_gpu *g, int context,
-                        char out[GEN_CHOICES])
+/* What a CPU takes nobody has predicted: none for an emulated GPU. */
+static struct choices predicted(const struct gen_model *m, const struct gen_gpu *g, int context)
 {
     struct choices c = {.n = 0};
-    double us = g->host ? 0 : token_us(m, g, context, &c); /* what a CPU takes, nobody has predicted */
-    size_t at = 0;
+    double us = g->host ? 0 : token_us(m, g, context, &c);
 
     for (int k = 0; us && k < KNOBS; k++)
         turn(m, g, context, k, &c, &us);
-    *out = 0;
-    for (int i = 0; i < c.n; i++)
-        at += (size_t)snprintf(out + at, GEN_CHOICES - at, "%s%s", i ? " " : "", c.item[i]);
+    return c;
 }
 
 /* ---- The choice --------------------------------------------------------------- */
@@ -93,20 +91,25 @@ static int chooses(const char *const *set)
     return 0;
 }
 
-/* The plan with the CHOICES of gen_plan_predicted on top of the clocks of SET. */
+/* The plan that is predicted to be fastest, with the clocks of SET; its choices to TEXT. */
 static int make_predicted(const struct gen_model *m, const struct gen_gpu *g, int context,
-                          const char *const *set, const char *choices, struct gen_plan *out,
+                          const char *const *set, struct gen_plan *out, char text[GEN_CHOICES],
                           struct mk_err *err)
 {
-    char text[GEN_CHOICES], *rest = NULL;
     const char *list[KNOBS + 2];
-    int n = 0, rc = gen_plan_make(m, g, context, NULL, set, out, err);
+    struct choices c;
+    size_t at = 0;
+    int rc = gen_plan_make(m, g, context, NULL, set, out, err), n = 0;
 
-    if (rc || !*choices)
+    if (rc)
         return rc;
-    strcpy(text, choices);
-    for (char *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest))
-        list[n++] = word;
+    c = predicted(m, g, context);
+    if (!c.n)
+        return 0;
+    for (; n < c.n; n++) {
+        list[n] = c.item[n];
+        at += (size_t)snprintf(text + at, GEN_CHOICES - at, "%s%s", n ? " " : "", c.item[n]);
+    }
     if (out->timing)
         list[n++] = "timing=on";
     list[n] = NULL;
@@ -120,15 +123,16 @@ int gen_plan_choose(const struct gen_model *m, const struct gen_gpu *g, int cont
     const int no_file = plan_file && !strcmp(plan_file, "none");
 
     memset(source, 0, sizeof *source);
-    if (plan_file && !no_file)
+    if (no_file)
+        plan_file = NULL;
+    if (plan_file)
         snprintf(source->file, sizeof source->file, "%s", plan_file);
-    if (*source->file || chooses(set))
-        return gen_plan_make(m, g, context, *source->file ? plan_file : NULL, set, out, err);
+    if (plan_file || chooses(set))
+        return gen_plan_make(m, g, context, plan_file, set, out, err);
     if (!no_file && gen_plan_carried(m, g, source->file, sizeof source->file)) {
         if (gen_plan_make(m, g, context, source->file, set, out, &source->refused) == 0)
             return 0;
         source->file[0] = 0;
     }
-    gen_plan_predicted(m, g, context, source->predicted);
-    return make_predicted(m, g, context, set, source->predicted, out, err);
+    return make_predicted(m, g, context, set, out, source->predicted, err);
 }

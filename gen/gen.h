@@ -25,22 +25,17 @@ int gen_plan_make(const struct gen_model *m, const struct gen_gpu *g, int contex
 void gen_plan_file_name(const struct gen_gpu *g, char *out, size_t size);
 int gen_plan_carried(const struct gen_model *m, const struct gen_gpu *g, char *out, size_t size);
 
-/* Choices of group, chunk_bytes and balance with which tokens of M on G are predicted to take less time than with
-   the rules of gen_plan_make, by at least 5 % each: "group=16 balance=30" to OUT; "" where there are none. */
-enum { GEN_CHOICES = 80 };
-void gen_plan_predicted(const struct gen_model *m, const struct gen_gpu *g, int context,
-                        char out[GEN_CHOICES]);
-
-enum { GEN_PATH = 4352 };
+enum { GEN_PATH = 4352, GEN_CHOICES = 80 };
 struct gen_plan_source {
-    char file[GEN_PATH];        /* the choices are from this file; "": from none */
-    char predicted[GEN_CHOICES]; /* or are those of gen_plan_predicted; "": it makes none, or was not asked */
-    struct mk_err refused;      /* code not 0: a carried file does not fit, and is not used */
+    char file[GEN_PATH];         /* the choices are from this file; "": from none */
+    char predicted[GEN_CHOICES]; /* or are these of the performance model, "KEY=VALUE KEY=VALUE"; "": the rules' */
+    struct mk_err refused;       /* code not 0: a carried file does not fit, and is not used */
 };
 
 /* gen_plan_make for a caller who chooses nothing - PLAN_FILE is NULL, SET NULL, empty or timing alone -: with the
-   carried plan file; where there is none for this model and GPU, with the choices of gen_plan_predicted.  PLAN_FILE
-   "none": no file, not even a carried one.
+   carried plan file; where there is none that fits, with those choices of group, chunk_bytes and balance, if any, with
+   which tokens at position 1024 are predicted to take less time than with the rules, by at least 5 % each.
+   PLAN_FILE "none": no file, not even a carried one.  For other callers it is gen_plan_make.
    Returns as gen_plan_make; *SOURCE is filled in either case. */
 int gen_plan_choose(const struct gen_model *m, const struct gen_gpu *g, int context,
                     const char *plan_file, const char *const *set, struct gen_plan *out,

@@ -27,6 +27,9 @@
        mkbench qwen3-0.6b -r --stages --prefill none --pos 1,1024,4096,32000 --context 33000
        mkbench llama-3.2-1b -r --stages --prefill none --pos 128
        mkbench qwen3-8b -r --stages --prefill none --pos 128
+       mkbench qwen2.5-7b -r --stages --prefill none --pos 128,1024,4000       (few heads; team)
+       mkbench qwen2.5-0.5b -r --stages --prefill none --pos 1024 --set group=16
+       mkbench MODEL -r --stages --prefill none --pos 128,1024 --set cluster=l2
 
    prints each stage beside what is predicted, and the difference in percent.  Where a stage waits
    for the ring (in brackets) the table of rates decides, elsewhere the table of work. */
@@ -72,8 +75,8 @@ enum { N_RATES = sizeof rates / sizeof *rates };
    the latency: looking for words, adding them up, leaving and entering stages.
 
    From stages with timing=on on the H200 (2026-11-30), less a lap's own cycles: the six models of
-   README.md's table, means over 64 tokens.  Where they differ by more than the shape says, a value
-   between; latencies of hops are taken off. */
+   README.md's table, means over 64 tokens; what is said of groups through L2, of 4 and of 16 from those and
+   seven more.  Where they differ by more than the shape says, a value between; latencies of hops are taken off. */
 struct work {
     double fixed, each;
     double apart; /* of a hop: the part of what CTAs are apart that it waits for; fitted */
@@ -89,13 +92,13 @@ static const struct work work[MK_LAP_COUNT] = {
     [MK_LAP_PART_HOP] = {500, 0},
     [MK_LAP_MERGE] = {330, 0.11}, /* each: value from a rank that has tiles */
     [MK_LAP_O] = {560, 950, 0, 900}, /* of the first trip to the ring; each: of those behind it, sets of pairs multiplied */
-    [MK_LAP_O_SUMS] = {520, 0, 1, 500},
-    [MK_LAP_O_X] = {530, 400, 0, 920}, /* each: trip to the ring before x is there; x itself: see get_x */
+    [MK_LAP_O_SUMS] = {520, 0, 1, 1200},
+    [MK_LAP_O_X] = {850, 400, 0, 600}, /* each: trip to the ring before x is there; x itself: see get_x */
     [MK_LAP_MLP] = {1200, 150}, /* as QKV */
     [MK_LAP_MLP_HOP] = {560, 0, 0.6, -500},
     [MK_LAP_DOWN] = {560, 950, 0, 900}, /* as O */
-    [MK_LAP_DOWN_SUMS] = {520, 0, 0.6, 1200},
-    [MK_LAP_DOWN_X] = {30, 400, 0.4, 1320}, /* as O_X */
+    [MK_LAP_DOWN_SUMS] = {520, 0, 0.6, 2800},
+    [MK_LAP_DOWN_X] = {350, 400, 0.4, 1000}, /* as O_X */
     [MK_LAP_HEAD] = {960, 150}, /* as QKV */
     [MK_LAP_NEXT] = {4400, 0, 1, 4000},
 };
@@ -106,18 +109,19 @@ enum { EMPTY_CALL = 170 };
 static const double TURN = 1.8;
 /* A trip for a part of long blocks, for which x is read again, over one for whole blocks. */
 enum { LONG_TRIP = 3 };
-/* Of x: from a rank of a cluster; an element through L2. */
-enum { X_RANK = 40 };
-static const double X_ELEMENT = 0.3;
+/* Of x: from a rank of a cluster, beyond those of one of 8; an element through L2. */
+enum { X_RANK = 120, FEW_RANKS = 8 };
+static const double X_ELEMENT = 0.5;
+/* A word of the sums that a CTA reads, beyond those that it reads while it waits. */
+static const double SUM_WORD = 0.5;
+enum { FEW_SUMS = 1000 };
 /* early=sums with more than so many warps leaves too few registers: an x more. */
 enum { MOST_EARLY_WARPS = 6, CROWDED = 900 };
 /* A value that PART sends to another rank of a cluster, beyond those that go along with the rest. */
 static const double SENT = 0.25;
 enum { SENT_ALONG = 2500 };
 /* What MERGE reads of a rank through L2. */
-enum { MERGE_L2 = 300 };
-/* Hops of a layer that wait for what CTAs are apart: together no longer than these have waited. */
-static const double WAITED = 2.6;
+enum { MERGE_L2 = 500 };
 /* What a lap itself takes, with timing=on. */
 enum { LAP = 170 };
 
@@ -175,6 +179,7 @@ struct sim {
     double chunk, ring;        /* bytes that a chunk and the ring hold */
     struct trips trips;        /* of matrices that are split by rows */
     double rate[2][GEN_KINDS]; /* in each half: bytes a cycle that a CTA's producer brings */
+    double heads_rate; /* the same of q, k, v and O, which have a number of chunks in flight of their own */
     double kv_rate; /* the same of the cache, of which as much is in flight as the ring holds */
     struct lane lane[LANES];
     int n;
@@ -207,32 +212,16 @@ static double flying_rate(const struct sim *s, int n)
     return n * s->chunk / (s->r.latency_ns * s->r.clock_mhz / 1000);
 }
 
-/* LANE spends WORK cycles on STAGE, or longer: until BYTES, at RATE, have come. */
+/* LANE spends WORK cycles on STAGE, or longer: until BYTES, at RATE, have come; then others come, at the rate BEHIND. */
 static void spend_at(const struct sim *s, struct lane *lane, int stage, double work_cycles,
-                     double bytes, double rate)
+                     double bytes, double rate, double behind)
 {
-    const double busy = work_cycles + s->lap;
-    const double late = bytes > lane->ahead ? max_of(0, (bytes - lane->ahead) / rate - busy) : 0;
-    const double all = busy + late;
-
-    if (late > 0)
-        lane->apart = max_of(lane->apart, min_of(late / WAITED, s->trips.blocks * s->trips.bytes / rate));
-    lane->ahead = min_of(s->ring, lane->ahead + rate * all - bytes);
-    lane->now += all;
-    lane->cycles[stage] += all;
-    lane->waited[stage] += late;
-}
-
-/* The same of BYTES of the cache, which come at a rate of their own; what is brought behind them does not. */
-static void spend_kv(const struct sim *s, struct lane *lane, int stage, double work_cycles,
-                     double bytes)
-{
-    const double missing = max_of(0, bytes - lane->ahead), coming = missing / s->kv_rate;
+    const double missing = max_of(0, bytes - lane->ahead), coming = missing > 0 ? missing / rate : 0;
     const double busy = work_cycles + s->lap, late = max_of(0, coming - busy), all = busy + late;
-    const double rate = min_of(s->rate[ATTENTION][lane->kind], s->rate[MLP][lane->kind]);
-    const double behind = rate * (all - coming);
 
-    lane->ahead = min_of(s->ring, lane->ahead + missing - bytes + behind);
+    if (late > 0 && s->p->cluster) /* fitted to plans with clusters only */
+        lane->apart = max_of(lane->apart, min_of(late, s->trips.blocks * s->trips.bytes / rate));
+    lane->ahead = min_of(s->ring, lane->ahead + missing - bytes + behind * (all - coming));
     lane->now += all;
     lane->cycles[stage] += all;
     lane->waited[stage] += late;
@@ -241,7 +230,10 @@ static void spend_kv(const struct sim *s, struct lane *lane, int stage, double w
 static void spend(const struct sim *s, struct lane *lane, int stage, double work_cycles,
                   double bytes)
 {
-    spend_at(s, lane, stage, work_cycles, bytes, s->rate[s->half][lane->kind]);
+    const double rate = s->rate[s->half][lane->kind];
+
+    spend_at(s, lane, stage, work_cycles, bytes,
+             stage == MK_LAP_QKV || stage == MK_LAP_O ? s->heads_rate : rate, rate);
 }
 
 /* ---- Hops ------------------------------------------------------------------ */
@@ -320,14 +312,22 @@ static double get_x(const struct sim *s)
     const struct gen_plan *p = s->p;
     const double crowded = p->early && p->warps > MOST_EARLY_WARPS ? CROWDED : 0;
 
-    return p->cluster ? X_RANK * p->group + crowded : X_ELEMENT * p->model.D;
+    return p->cluster ? X_RANK * max_of(0, p->group - FEW_RANKS) + crowded : X_ELEMENT * p->model.D;
+}
+
+/* What sums of many groups take on top. */
+static double get_sums(const struct sim *s)
+{
+    return SUM_WORD * max_of(0, s->p->groups * s->p->rank_pairs * 6 - FEW_SUMS);
 }
 
 static double fixed(const struct sim *s, int stage)
 {
-    const int is_x = stage == MK_LAP_O_X || stage == MK_LAP_DOWN_X;
+    const double alike = work[stage].fixed + (s->p->cluster ? 0 : work[stage].l2);
 
-    return work[stage].fixed + (s->p->cluster ? 0 : work[stage].l2) + (is_x ? get_x(s) : 0);
+    return stage == MK_LAP_O_X || stage == MK_LAP_DOWN_X         ? alike + get_x(s)
+           : stage == MK_LAP_O_SUMS || stage == MK_LAP_DOWN_SUMS ? alike + get_sums(s)
+                                                                 : alike;
 }
 
 /* Those who TAKE wait for those who SEND, over distributed shared memory or through L2. */
@@ -351,10 +351,10 @@ static void hop(struct sim *s, int stage, enum whom whom, enum who send, enum wh
     for (int i = 0; i < s->n; i++) {
         struct lane *lane = &s->lane[i];
         const double early = reads_early(s, lane, stage) ? work[stage].each : 0;
+        const double rate = on_chip ? s->rate[s->half][lane->kind] : held_rate(s, lane);
         if (!is_one(s, lane, take))
             continue;
-        spend_at(s, lane, stage, last[i] - lane->now + latency + early + work[stage].apart * apart[i], 0,
-                 on_chip ? s->rate[s->half][lane->kind] : held_rate(s, lane));
+        spend_at(s, lane, stage, last[i] - lane->now + latency + early + work[stage].apart * apart[i], 0, rate, rate);
         if (stage == MK_LAP_O_X || stage == MK_LAP_DOWN_X || stage == MK_LAP_NEXT)
             lane->apart = 0;
     }
@@ -450,7 +450,8 @@ static void attention(const struct sim *s, struct lane *lane)
         return;
     spend(s, lane, MK_LAP_ROWS, row_turns * (row->fixed + row->each * p->model.qk_norm), 0);
     for (int i = 0; i < heads; i++) {
-        spend_kv(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * (TURN + values), bytes);
+        spend_at(s, lane, MK_LAP_ATTN, attn->fixed + attn->each * turns * queries * (TURN + values), bytes,
+                 s->kv_rate, min_of(s->rate[ATTENTION][lane->kind], s->rate[MLP][lane->kind]));
         spend(s, lane, MK_LAP_PART, part->fixed + part->each * warps + sent, 0);
     }
 }
@@ -554,16 +555,18 @@ static double cta_rate(const struct sim *s, double left, int ctas, int inflight)
 static void set_rates(struct sim *s, const int ctas[GEN_KINDS])
 {
     const double gpu = gpu_bytes(&s->r);
-    const int inflight = s->p->inflight, attend = s->far ? s->p->ctas : ctas[GEN_WITH_HEADS];
+    const int inflight = s->p->inflight, with = ctas[GEN_WITH_HEADS], others = ctas[GEN_OTHERS];
     const double all = cta_rate(s, gpu, s->p->ctas, inflight);
-    const double heads = cta_rate(s, gpu, ctas[GEN_WITH_HEADS], s->p->inflight_heads);
-    const double left = max_of(0, gpu - heads * ctas[GEN_WITH_HEADS]);
 
-    s->kv_rate = min_of(s->r.kv_bytes, cta_rate(s, gpu, attend, s->p->stages));
-    s->rate[MLP][GEN_WITH_HEADS] = s->rate[MLP][GEN_OTHERS] = all;
-    s->rate[ATTENTION][GEN_WITH_HEADS] = s->rate[ATTENTION][GEN_OTHERS] = heads;
-    if (ctas[GEN_OTHERS] && !s->far)
-        s->rate[ATTENTION][GEN_OTHERS] = cta_rate(s, left, ctas[GEN_OTHERS], inflight);
+    s->heads_rate = cta_rate(s, gpu, with, s->p->inflight_heads);
+    s->kv_rate = min_of(s->r.kv_bytes, cta_rate(s, gpu, s->far ? s->p->ctas : with, s->p->stages));
+    for (int kind = 0; kind < GEN_KINDS; kind++)
+        s->rate[MLP][kind] = s->rate[ATTENTION][kind] = all;
+    if (s->far)
+        return;
+    s->rate[ATTENTION][GEN_WITH_HEADS] = cta_rate(s, gpu, with, inflight);
+    if (others)
+        s->rate[ATTENTION][GEN_OTHERS] = cta_rate(s, max_of(0, gpu - s->heads_rate * with), others, inflight);
 }
 
 static void set_lanes(struct sim *s)

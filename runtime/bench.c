@@ -132,7 +132,7 @@ void rt_bench_facts(const struct rt_bench *b, struct rt_bench_facts *out)
     out->driver = rt_device_driver(device);
     out->sheet_gbps = sheet_gbps(&gpu);
     out->context = b->plan->context;
-    out->plan_file = rt_session_plan_file(b->session);
+    out->plan_source = rt_session_plan_source(b->session);
     out->kernel_from = rt_session_kernel_from(b->session);
     out->weight_bytes = gen_model_params(&b->model) * 2;
     out->start = b->start;

@@ -56,7 +56,7 @@ struct rt_bench_facts {
     int driver;                 /* 13000 for CUDA 13.0 */
     int sheet_gbps;             /* of the data sheet; 0: unknown */
     int context;                /* tokens that fit */
-    const char *plan_file;      /* given or carried; "": none; owned by the rt_bench */
+    const struct gen_plan_source *plan_source; /* owned by the rt_bench */
     int kernel_from;            /* 1: compiled, 2: cache, 3: pack */
     int64_t weight_bytes;       /* resident weights */
     struct rt_bench_start start;

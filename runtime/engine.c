@@ -35,7 +35,7 @@ struct mapped {
 struct rt_session {
     struct rt_engine *engine;
     struct gen_plan plan;
-    char plan_file[GEN_PATH]; /* "": the plan's own choices, or those of options.set */
+    struct gen_plan_source plan_source;
     rt_module module;
     rt_func decode, prefill;
     rt_event launched; /* recorded behind every decode launch: sessions share a stream */
@@ -394,22 +394,17 @@ static int make_buffers(struct rt_session *s, struct mk_err *err)
 static int choose_plan(struct rt_session *s, int context, struct mk_err *err)
 {
     struct rt_engine *e = s->engine;
-    struct gen_plan_source *source = malloc(sizeof *source);
+    struct gen_plan_source *source = &s->plan_source;
     char text[4096];
-    int rc;
+    const int rc = gen_plan_choose(e->model, &e->gpu, context, e->options.plan_file, e->options.set, &s->plan,
+                                   source, err);
 
-    if (!source)
-        return gen_fail(err, MK_ENOMEM, "no memory for a plan");
-    rc = gen_plan_choose(e->model, &e->gpu, context, e->options.plan_file, e->options.set, &s->plan,
-                         source, err);
     if (source->refused.code && e->options.warn && !e->told_refused) {
         snprintf(text, sizeof text, "the plan carried for %s on %s is not used: %.3000s",
                  e->model->name, e->gpu.name, source->refused.text);
         e->options.warn(e->options.user, text);
         e->told_refused = 1;
     }
-    strcpy(s->plan_file, source->file);
-    free(source);
     return rc;
 }
 
@@ -515,9 +510,9 @@ const struct gen_plan *rt_session_plan(const struct rt_session *s)
     return &s->plan;
 }
 
-const char *rt_session_plan_file(const struct rt_session *s)
+const struct gen_plan_source *rt_session_plan_source(const struct rt_session *s)
 {
-    return s->plan_file;
+    return &s->plan_source;
 }
 
 int rt_session_kernel_from(const struct rt_session *s)

@@ -38,7 +38,7 @@ int rt_session_make(struct rt_engine *e, int context, struct rt_session **out, s
 void rt_session_free(struct rt_session *s);
 
 const struct gen_plan *rt_session_plan(const struct rt_session *s);
-const char *rt_session_plan_file(const struct rt_session *s); /* given or carried; "": none */
+const struct gen_plan_source *rt_session_plan_source(const struct rt_session *s); /* gen.h */
 int rt_session_kernel_from(const struct rt_session *s); /* RT_FROM_... of cache.h */
 double rt_session_kernel_s(const struct rt_session *s);
 

@@ -78,8 +78,8 @@ struct mk_options {
                                  sm_90 or another architecture, for tests and debugging */
     const char *cubin_path;   /* folders of packs, ':' between; NULL: $MK_CUBIN_PATH */
     const char *plan_file;    /* tuned plan, "key = value" lines; NULL: the one carried for this
-                                 model and GPU, if there is one and set is NULL; "none": none;
-                                 without one the performance model chooses (mkgen.1) */
+                                 model and GPU, if there is one and set is NULL; "none": none.
+                                 Without file and set the performance model chooses (mkgen.1) */
     const char *const *set;   /* plan overrides "key=value", NULL at the end; NULL: none */
     int threads;              /* for the CPU path; 0: one per core */
     mk_progress_fn *progress; /* or NULL */

@@ -9,7 +9,7 @@
 #include "tests/check.h"
 
 static struct mk_err err;
-static struct gen_plan_source source;
+static struct gen_plan_source source, asked;
 static struct gen_plan plan, other;
 
 static void get(const char *model, const char *gpu, struct gen_model *m, struct gen_gpu *g)
@@ -44,17 +44,20 @@ static double token_us(const struct gen_plan *p)
     return at.token_us;
 }
 
-/* The plan with the choices of TEXT, "KEY=VALUE KEY=VALUE". */
+/* The plan of one who chooses TEXT, "KEY=VALUE KEY=VALUE", as mktune does; "": of the rules. */
 static void make(const struct gen_model *m, const struct gen_gpu *g, const char *text, struct gen_plan *out)
 {
     char word[3][32] = {"", "", ""};
     const char *list[4];
     const int n = sscanf(text, "%31s %31s %31s", word[0], word[1], word[2]);
+    int rc;
 
     for (int i = 0; i < n; i++)
         list[i] = word[i];
     list[n > 0 ? n : 0] = NULL;
-    CHECKF(gen_plan_make(m, g, 0, NULL, list, out, &err) == 0, "%s: %s", text, err.text);
+    rc = n > 0 ? gen_plan_choose(m, g, 0, "none", list, out, &asked, &err)
+               : gen_plan_make(m, g, 0, NULL, list, out, &err);
+    CHECKF(rc == 0 && !*asked.predicted, "%s: %s", text, err.text);
 }
 
 /* What is predicted is a plan like any other, and so much faster that it counts. */
@@ -78,11 +81,8 @@ static int check_predicted(const struct gen_model *m, const struct gen_gpu *g)
 /* Clocks are no choice; anything else is, and then the rest is left to the rules. */
 static void check_set(const struct gen_model *m, const struct gen_gpu *g)
 {
-    char predicted[GEN_CHOICES];
-
-    gen_plan_predicted(m, g, 0, predicted);
-    CHECK(choose(m, g, "none", "timing=on") == 0 && plan.timing && !strcmp(source.predicted, predicted));
-    make(m, g, predicted, &other);
+    CHECK(choose(m, g, "none", "timing=on") == 0 && plan.timing);
+    make(m, g, source.predicted, &other);
     plan.timing = 0;
     CHECK(same(&plan, &other));
     CHECK(choose(m, g, NULL, "round_blocks=8") == 0 && !*source.predicted && !*source.file);
@@ -116,40 +116,34 @@ static void test_all(void)
 /* Measured on the H200: 1.07 ms a token at 1024 with groups of 8, 1.01 with groups of 16. */
 static void test_measured(void)
 {
-    char text[GEN_CHOICES];
     struct gen_model m;
     struct gen_gpu g;
 
     get("qwen2.5-1.5b", "h200", &m, &g);
-    gen_plan_predicted(&m, &g, 0, text);
-    CHECKF(!strcmp(text, "group=16"), "\"%s\"", text);
+    CHECK(choose(&m, &g, NULL, NULL) == 0 && !strcmp(source.predicted, "group=16") && plan.group == 16);
     g.clusters[4] = 0; /* a part that has none of them */
-    gen_plan_predicted(&m, &g, 0, text);
-    CHECKF(!strstr(text, "group=16"), "\"%s\"", text);
+    CHECK(choose(&m, &g, NULL, NULL) == 0 && plan.group == 8);
+    CHECK(gen_gpu_host(90, &g) == 0); /* nobody has measured a CPU */
+    CHECK(choose(&m, &g, NULL, NULL) == 0 && !*source.predicted);
 }
 
-/* Nothing is predicted of what nobody has measured, or of what is no plan. */
-static void test_none(void)
+/* What is wrong is an error, as without predictions; "" is a file like any other. */
+static void test_wrong(void)
 {
-    char text[GEN_CHOICES] = "x";
     struct gen_model m;
     struct gen_gpu g;
 
     get("qwen2.5-1.5b", "h200", &m, &g);
-    CHECK(gen_gpu_host(90, &g) == 0);
-    gen_plan_predicted(&m, &g, 0, text);
-    CHECK(!*text);
-    get("qwen2.5-1.5b", "h200", &m, &g);
-    gen_plan_predicted(&m, &g, m.max_context + 1, text);
-    CHECK(!*text);
     CHECK(gen_plan_choose(&m, &g, m.max_context + 1, NULL, NULL, &plan, &source, &err) == MK_EINVAL);
+    CHECK(!*source.predicted);
     CHECK(choose(&m, &g, "none", "timing=perhaps") == MK_EINVAL && strstr(err.text, "perhaps"));
+    CHECK(choose(&m, &g, "", NULL) == MK_ENOENT);
 }
 
 int main(void)
 {
     test_all();
     test_measured();
-    test_none();
+    test_wrong();
     return check_done();
 }

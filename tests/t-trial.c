@@ -60,6 +60,19 @@ static void check_tolerance(struct rt_bench *b, const struct rt_bench_output *wa
     row[least] = kept;
 }
 
+/* What is no number in either kernel is wrong, also when the steps behind it are right. */
+static void check_infinite(struct rt_bench *b, const struct rt_bench_output *want)
+{
+    static const float bad[] = {-INFINITY, INFINITY, NAN};
+    float *row = want->logits, kept = row[3];
+
+    for (int i = 0; i < 3; i++) {
+        row[3] = bad[i];
+        check_verdict(b, want, 0, "a logit at position 3 is ");
+    }
+    row[3] = kept;
+}
+
 /* Another order of sums passes; a wrong logit, a NaN and a token far from the best do not; one that
    is as good does. */
 static void test_check(void)
@@ -84,6 +97,7 @@ static void test_check(void)
     check_verdict(b, &want, 1, "logits within 0 of");
     for (int i = 0; i < N; i++)
         check_tolerance(b, &want, i);
+    check_infinite(b, &want);
     rt_bench_close(b);
 
     o.set = other;

@@ -315,8 +315,10 @@ static void print_head(const struct report *rep, const struct options *o)
            f->context);
     printf("%s, sm_%d, %d SMs, driver for CUDA %d.%d\n", f->gpu, f->arch, f->sms,
            f->driver / 1000, f->driver % 1000 / 10);
-    if (*f->plan_file)
-        printf("plan %s\n", f->plan_file);
+    if (*f->plan_source->file)
+        printf("plan %s\n", f->plan_source->file);
+    if (*f->plan_source->predicted)
+        printf("plan: the performance model's %s\n", f->plan_source->predicted);
     printf("start: driver %.2f s, weights %.2f s; kernel %.3f s (%s), buffers %.3f s, first token %.3f s\n",
            f->start.driver, f->start.weights, f->start.kernel, from[f->kernel_from & 3], f->start.buffers,
            f->start.token);

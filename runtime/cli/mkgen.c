@@ -366,7 +366,7 @@ static void tell_source(const struct options *o, const struct gen_model *m, cons
                         const struct gen_plan_source *source)
 {
     const char *by = *source->file       ? source->file
-                     : *source->predicted ? "the performance model's: "
+                     : *source->predicted ? "the performance model's "
                                           : "the generator's own";
 
     if (source->refused.code)

@@ -299,28 +299,13 @@ static int try_all(struct search *s, const struct candidate *c, int n, int *impr
     return rc < 0 ? rc : 0;
 }
 
-/* What is used without a plan file, unless the user chooses something. */
-static int run_predicted(struct search *s, struct candidate *c, struct mk_err *err)
-{
-    char choices[GEN_CHOICES];
-    int improved;
-
-    if (s->o->set.n)
-        return 0;
-    gen_plan_predicted(&s->model, &s->device.gpu, s->o->tune.context, choices);
-    if (!*choices || !make_candidate(s, "", choices, c))
-        return 0;
-    compile(s, c, 1);
-    return try_all(s, c, 1, &improved, err);
-}
-
 /* The user's candidates, each over the default plan. */
 static int run_tries(struct search *s, struct candidate *c, struct mk_err *err)
 {
     int n = 0, improved;
 
     for (int i = 0; i < s->o->tries.n; i++)
-        n += make_candidate(s, "", s->o->tries.item[i], &c[n]);
+        n += make_candidate(s, s->first, s->o->tries.item[i], &c[n]);
     compile(s, c, n);
     return try_all(s, c, n, &improved, err);
 }
@@ -335,8 +320,7 @@ static int run_knob(struct search *s, int k, struct candidate *c, int *improved,
     return try_all(s, c, n, improved, err);
 }
 
-/* What is predicted to be best, the user's candidates, then rounds over all knobs, until one brings nothing or the
-   time is over. */
+/* The user's candidates, then rounds over all knobs, until one brings nothing or the time is over. */
 static int run_all(struct search *s, struct mk_err *err)
 {
     struct candidate *c = calloc(SEARCH_VALUES, sizeof(*c));
@@ -344,9 +328,7 @@ static int run_all(struct search *s, struct mk_err *err)
 
     if (!c)
         return gen_fail(err, MK_ENOMEM, "not enough memory");
-    rc = run_predicted(s, c, err);
-    if (rc == 0)
-        rc = run_tries(s, c, err);
+    rc = run_tries(s, c, err);
     while (rc == 0 && improved && rt_tune_now() < s->end) {
         improved = 0;
         for (int k = 0; rc == 0 && k < s->n_knobs && rt_tune_now() < s->end; k++)
@@ -453,6 +435,7 @@ static int choose_knobs(struct search *s)
 static int check_tries(const struct search *s)
 {
     static const char option[] = "--set: ";     /* what a plan takes choices for */
+    char choices[SEARCH_TEXT];
     struct gen_plan plan;
     struct mk_err err;
 
@@ -464,7 +447,8 @@ static int check_tries(const struct search *s)
         for (int j = 0; j < s->o->set.n; j++)
             if (search_has_key(item, s->o->set.item[j]))
                 return cli_usage("--try '%s': --set %s holds for all candidates", item, s->o->set.item[j]);
-        if (make_plan(s, item, &plan, &err)) {
+        take_step(s->first, item, choices);
+        if (make_plan(s, choices, &plan, &err)) {
             why += strncmp(why, option, strlen(option)) ? 0 : strlen(option);
             return cli_usage("--try '%s': %s", item, why);
         }
@@ -480,7 +464,7 @@ static int measure_default(struct search *s, struct mk_err *err)
     int rc;
 
     is_new(s, plan);            /* not again */
-    make_set(s, "", &set);
+    make_set(s, s->first, &set);
     rt_tune_compile(s->t, &plan, 1, 1, HUGE_VAL);
     rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_REFERENCE, NULL, HUGE_VAL, &s->base, err);
     if (rc == 0 && s->base.end != RT_TUNE_RIGHT)
@@ -496,10 +480,10 @@ static int measure_default(struct search *s, struct mk_err *err)
 /* Back to the default plan. */
 static int take_default(struct search *s, struct mk_err *err)
 {
-    *s->moved = 0;
+    strcpy(s->moved, s->first);
     s->best = s->base;
     s->better = 0;
-    return make_plan(s, "", &s->plan, err);
+    return make_plan(s, s->first, &s->plan, err);
 }
 
 /* Default and best plan once more, the best against the C reference too: these are the figures
@@ -513,7 +497,7 @@ static int measure_again(struct search *s, struct mk_err *err)
 
     make_set(s, s->moved, &set);
     rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_BOTH, NULL, deadline, &best, err);
-    make_set(s, "", &set);
+    make_set(s, s->first, &set);
     if (rc == 0)
         rc = rt_tune_run(s->t, set.item, RT_TUNE_AS_OTHERS, NULL, deadline, &base, err);
     if (rc)
@@ -532,12 +516,26 @@ static int measure_again(struct search *s, struct mk_err *err)
     return 0;
 }
 
+/* The default plan: what is used where there is no file. */
+static int choose_default(struct search *s, struct mk_err *err)
+{
+    struct gen_plan_source source;
+    struct set set;
+    int rc;
+
+    make_set(s, "", &set);
+    rc = gen_plan_choose(&s->model, &s->device.gpu, s->o->tune.context, "none", set.item, &s->plan, &source, err);
+    strcpy(s->first, source.predicted);
+    strcpy(s->moved, s->first);
+    return rc;
+}
+
 int search_prepare(struct search *s)
 {
     struct mk_err err;
     int rc;
 
-    if (make_plan(s, "", &s->plan, &err))
+    if (choose_default(s, &err))
         return cli_error(&err);
     rc = choose_knobs(s);
     return rc ? rc : check_tries(s);

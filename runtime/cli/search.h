@@ -37,7 +37,8 @@ struct search {
                 double change, const char *remark);
 
     /* found */
-    char moved[SEARCH_TEXT];    /* "KEY=VALUE KEY=VALUE": the best so far, over what the user set */
+    char first[GEN_CHOICES];    /* "KEY=VALUE KEY=VALUE": the performance model's, of the default plan */
+    char moved[SEARCH_TEXT];    /* the same of the best so far, over what the user set */
     struct gen_plan plan;       /* the best so far */
     struct rt_tune_result base, best;   /* of the default plan and of this one */
     int measured, slow, wrong, failed, better;
