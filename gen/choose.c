@@ -9,21 +9,23 @@
 /* ---- What is predicted to be fastest ---------------------------------------- */
 
 /* Choices whose effect predictions tell well (NOTEBOOK.md has them beside measurements); those on which others
-   depend come first. */
+   depend come first.  Groups that are clusters stay as the rules make them: parts of a product hold other numbers of
+   clusters of each size, and packs, like an engine without a compiler, count down those of one size. */
 static const struct {
     const char *key;
     int values[5];
+    int l2_only;
 } knobs[] = {
-    {"group", {2, 4, 8, 16}},
-    {"chunk_bytes", {8192, 16384, 24576, 32768, 40960}},
-    {"balance", {15, 30, 60, 100, 200}},
+    {"group", {2, 4, 8, 16}, 1},
+    {"chunk_bytes", {8192, 16384, 24576, 32768, 40960}, 0},
+    {"balance", {15, 30, 60, 100, 200}, 0},
 };
 enum { KNOBS = sizeof knobs / sizeof *knobs, VALUES = 5 };
 
 /* A choice must be predicted to be so much faster than what it replaces: less says nothing. */
-static const double LEAST_GAIN = 0.05;
-/* Where: in a conversation that has gone on for a while. */
-enum { POSITION = 1024 };
+static const double LEAST_GAIN = 0.03;
+/* Where: in a conversation that has gone on for a while, in the midst of a tile of positions. */
+enum { POSITION = 1056 };
 
 struct choices {
     char item[KNOBS][24]; /* KEY=VALUE */
@@ -70,13 +72,16 @@ static void turn(const struct gen_model *m, const struct gen_gpu *g, int context
 }
 
 /* What a CPU takes nobody has predicted: none for an emulated GPU. */
-static struct choices predicted(const struct gen_model *m, const struct gen_gpu *g, int context)
+static struct choices predicted(const struct gen_plan *rules)
 {
+    const struct gen_model *m = &rules->model;
+    const struct gen_gpu *g = &rules->gpu;
     struct choices c = {.n = 0};
-    double us = g->host ? 0 : token_us(m, g, context, &c);
+    double us = g->host ? 0 : token_us(m, g, rules->context, &c);
 
     for (int k = 0; us && k < KNOBS; k++)
-        turn(m, g, context, k, &c, &us);
+        if (!rules->cluster || !knobs[k].l2_only)
+            turn(m, g, rules->context, k, &c, &us);
     return c;
 }
 
@@ -103,7 +108,7 @@ static int make_predicted(const struct gen_model *m, const struct gen_gpu *g, in
 
     if (rc)
         return rc;
-    c = predicted(m, g, context);
+    c = predicted(out);
     if (!c.n)
         return 0;
     for (; n < c.n; n++) {

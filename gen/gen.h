@@ -33,8 +33,9 @@ struct gen_plan_source {
 };
 
 /* gen_plan_make for a caller who chooses nothing - PLAN_FILE is NULL, SET NULL, empty or timing alone -: with the
-   carried plan file; where there is none that fits, with those choices of group, chunk_bytes and balance, if any, with
-   which tokens at position 1024 are predicted to take less time than with the rules, by at least 5 % each.
+   carried plan file; where there is none that fits, with those choices of chunk_bytes, balance and, without clusters,
+   group, if any, with which a token at position 1056, or the last one, is predicted to take less time than with the
+   rules, by at least 3 % each.
    PLAN_FILE "none": no file, not even a carried one.  For other callers it is gen_plan_make.
    Returns as gen_plan_make; *SOURCE is filled in either case. */
 int gen_plan_choose(const struct gen_model *m, const struct gen_gpu *g, int context,

@@ -57,7 +57,7 @@ struct rates {
                    look at, 1790 to 1900 in one launch.
    slowest         fitted: the head of models that wait for memory, with NEXT, which waits for the
                    last CTA.
-   cta_bytes       fitted: q, k, v of Qwen2.5-7B, which 32 CTAs read at 42.
+   cta_bytes       fitted: q, k, v of Qwen2.5-7B, which 32 CTAs read at 38 to 42.
    kv_bytes        fitted: position 32600 of 0.6B, whose KV tiles 64 CTAs read at 30 or more.
    smem_bytes      what shared memory gives; NOTEBOOK.md: 490 cycles for 64 KiB.
    latency_ns      fitted: inflight=2, inflight_hop=1 of 0.6B and 3, 1 of Llama-3.2-1B, an earlier kernel.  Of a chunk
@@ -80,7 +80,7 @@ enum { N_RATES = sizeof rates / sizeof *rates };
 struct work {
     double fixed, each;
     double apart; /* of a hop: the part of what CTAs are apart that it waits for; fitted */
-    double l2;    /* where groups are not clusters, on top of FIXED */
+    double l2;    /* where groups are not clusters, on top of FIXED; fitted to six models, cluster=l2 */
 };
 static const struct work work[MK_LAP_COUNT] = {
     [MK_LAP_EMBED] = {1750, 0.45}, /* each: of D */
@@ -109,18 +109,21 @@ enum { EMPTY_CALL = 170 };
 static const double TURN = 1.8;
 /* A trip for a part of long blocks, for which x is read again, over one for whole blocks. */
 enum { LONG_TRIP = 3 };
-/* Of x: from a rank of a cluster, beyond those of one of 8; an element through L2. */
+/* Of x: from a rank of a cluster, beyond those of one of 8 (fitted: Qwen2.5-0.5B and SmolLM2-360M, group=16); an
+   element through L2 (O_X, DOWN_X of six models, cluster=l2). */
 enum { X_RANK = 120, FEW_RANKS = 8 };
 static const double X_ELEMENT = 0.5;
-/* A word of the sums that a CTA reads, beyond those that it reads while it waits. */
+/* Of the sums of a CTA: a word (hop O of plan_hops), beyond those that it reads while it waits.  Fitted: groups of 2
+   and 4 of Qwen3-0.6B, SmolLM2-1.7B and 360M, groups of 4 of Llama-3.2-3B and Qwen2.5-7B. */
+enum { PAIR_WORDS = 6, FEW_SUMS = 1000 };
 static const double SUM_WORD = 0.5;
-enum { FEW_SUMS = 1000 };
-/* early=sums with more than so many warps leaves too few registers: an x more. */
+/* early=sums with more than so many warps leaves too few registers: an x more (SmolLM2-360M). */
 enum { MOST_EARLY_WARPS = 6, CROWDED = 900 };
-/* A value that PART sends to another rank of a cluster, beyond those that go along with the rest. */
+/* A value that PART sends to another rank of a cluster, beyond those that go along with the rest (Qwen2.5, 6 or 7
+   queries a KV head, groups of 8 and 16). */
 static const double SENT = 0.25;
 enum { SENT_ALONG = 2500 };
-/* What MERGE reads of a rank through L2. */
+/* What MERGE reads of a rank through L2 (Qwen3-0.6B, cluster=l2, groups of 4, 8 and 16). */
 enum { MERGE_L2 = 500 };
 /* What a lap itself takes, with timing=on. */
 enum { LAP = 170 };
@@ -318,7 +321,7 @@ static double get_x(const struct sim *s)
 /* What sums of many groups take on top. */
 static double get_sums(const struct sim *s)
 {
-    return SUM_WORD * max_of(0, s->p->groups * s->p->rank_pairs * 6 - FEW_SUMS);
+    return SUM_WORD * max_of(0, s->p->groups * s->p->rank_pairs * PAIR_WORDS - FEW_SUMS);
 }
 
 static double fixed(const struct sim *s, int stage)

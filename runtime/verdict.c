@@ -62,9 +62,10 @@ struct check {
        4096   36   0.035    0.034     qwen3-8b
 
    Wide random models amplify more: their sums have sigma 0.02 sqrt(D).  And some tokens amplify several times
-   as much as most: of 130 steps of smollm2-1.7b (D 2048) on the H200 two thirds were below 0.015, one was 0.050
-   off with every plan, and so was it in the simulation (0.025); of llama-3.2-1b one had KV rows 0.059 off.  The
-   line below is above those; rows one position off show as 0.14 in toy-qwen3, a wrong element of a row as 0.1.
+   as much as most: of 16 steps of smollm2-1.7b (D 2048) on the H200 13 were off by 0.015 or less and one, with every
+   plan, by 0.050; the simulation, on the same tokens, has that step stand out with 0.025.  KV rows of llama-3.2-1b
+   were up to 0.059 off.  The line below is above those; rows one position off show as 0.14 in toy-qwen3, a wrong
+   element of a row as 0.1.
    fp16 has three bits more: the simulation gave an eighth (toy-qwen3: a sixth); a fifth leaves room for float
    sums in another order. */
 static float allowed(const struct rt_bench *b)

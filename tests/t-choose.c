@@ -40,7 +40,7 @@ static double token_us(const struct gen_plan *p)
 {
     struct gen_prediction at;
 
-    gen_predict(p, 1024, &at);
+    gen_predict(p, p->context > 1056 ? 1056 : p->context - 1, &at);
     return at.token_us;
 }
 
@@ -72,7 +72,7 @@ static int check_predicted(const struct gen_model *m, const struct gen_gpu *g)
     make(m, g, "", &other);
     rules = token_us(&other);
     if (*source.predicted)
-        CHECKF(token_us(&plan) <= 0.95 * rules, "%s on %s: %s", m->name, g->name, source.predicted);
+        CHECKF(token_us(&plan) <= 0.97 * rules, "%s on %s: %s", m->name, g->name, source.predicted);
     else
         CHECK(same(&plan, &other));
     return *source.predicted != 0;
@@ -113,16 +113,33 @@ static void test_all(void)
     CHECK(carried >= 6 && predicted >= 10 && predicted < made / 2);
 }
 
-/* Measured on the H200: 1.07 ms a token at 1024 with groups of 8, 1.01 with groups of 16. */
+/* Parts of a product may hold other clusters of 2, 4 and 16 for the same number of those of 8: they have one plan. */
+static void test_parts(void)
+{
+    struct gen_model m;
+    struct gen_gpu g;
+
+    for (int i = 0; gen_model_carried(i); i++) {
+        get(gen_model_carried(i), "h200", &m, &g);
+        CHECK(choose(&m, &g, "none", NULL) == 0 && plan.cluster && !strstr(source.predicted, "group"));
+        other = plan;
+        g.clusters[1] = g.clusters[2] = 31;
+        g.clusters[4] = 0;
+        CHECK(choose(&m, &g, "none", NULL) == 0);
+        plan.gpu = other.gpu;
+        CHECKF(same(&plan, &other), "%s", m.name);
+    }
+}
+
+/* Measured on the H200 at 1024: Qwen3-1.7B takes 0.953 ms with the rules and 0.937 with this. */
 static void test_measured(void)
 {
     struct gen_model m;
     struct gen_gpu g;
 
-    get("qwen2.5-1.5b", "h200", &m, &g);
-    CHECK(choose(&m, &g, NULL, NULL) == 0 && !strcmp(source.predicted, "group=16") && plan.group == 16);
-    g.clusters[4] = 0; /* a part that has none of them */
-    CHECK(choose(&m, &g, NULL, NULL) == 0 && plan.group == 8);
+    get("qwen3-1.7b", "h200", &m, &g);
+    CHECK(choose(&m, &g, NULL, NULL) == 0);
+    CHECKF(!strcmp(source.predicted, "balance=30") && plan.balance == 30, "\"%s\"", source.predicted);
     CHECK(gen_gpu_host(90, &g) == 0); /* nobody has measured a CPU */
     CHECK(choose(&m, &g, NULL, NULL) == 0 && !*source.predicted);
 }
@@ -143,6 +160,7 @@ static void test_wrong(void)
 int main(void)
 {
     test_all();
+    test_parts();
     test_measured();
     test_wrong();
     return check_done();
