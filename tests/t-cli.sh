@@ -202,7 +202,10 @@ has '^# choices: my.plan$' out '--plan'
 carried 0 mkgen -m "$srcdir/toy/toy-llama" -a 90 --dump-plan -q
 has '^# choices: the generator.s own$' out 'another shape'
 carried 0 mkgen -m "$toy" -a 80 --dump-plan -q
-has '^# choices: the generator.s own$' out 'another GPU'
+has '^# choices: the performance model.s group=4$' out 'another GPU'
+has '^group = 4$' out 'another GPU'
+carried 0 mkgen -m "$toy" -a 80 -o k.cu
+has '^plan: the performance model.s group=4$' err 'another GPU'
 # One that does not fit is not used, and told of.
 for bad in 'nonsense = 1' 'stages = 60' 'no line' 'ctas = 1000'; do
     printf '%s\n' "$bad" >here/models/other-name/h200.plan
