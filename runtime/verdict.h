@@ -7,8 +7,8 @@
 struct rt_bench_verdict {
     int correct;                /* 1, or 0 and TEXT says what was wrong */
     int checked;                /* tokens compared */
-    float max_error;            /* largest |logit - oracle|, of the token that is the nearest to the tolerance */
-    float tolerance;            /* what is allowed of that token: a part of the oracle's largest |logit| */
+    float max_error;            /* largest |logit - oracle| over them */
+    float tolerance;            /* what was allowed */
     char text[256];             /* one sentence, for people */
 };
 

@@ -2,7 +2,6 @@
    output against another's, and plans tried in processes that are ended, or die. */
 #include "config.h"
 
-#include <math.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -40,26 +39,6 @@ static void check_verdict(struct rt_bench *b, const struct rt_bench_output *want
     CHECKF(v.correct == correct && v.checked == N && strstr(v.text, text), "%d: %s", v.correct, v.text);
 }
 
-/* A logit may be off by a part of the largest of its own step: 0.0139 with 64 columns. */
-static void check_tolerance(struct rt_bench *b, const struct rt_bench_output *want, int step)
-{
-    float *row = want->logits + step * model.V, scale = 0, kept;
-    int least = 0;
-    char text[64];
-
-    for (int i = 0; i < model.V; i++) {
-        scale = fmaxf(scale, fabsf(row[i]));
-        least = fabsf(row[i]) < fabsf(row[least]) ? i : least;
-    }
-    kept = row[least];
-    row[least] = kept + 0.0135f * scale;
-    check_verdict(b, want, 1, "logits within ");
-    row[least] = kept + 0.0143f * scale;
-    snprintf(text, sizeof text, "a logit at position %d is ", POS + step);
-    check_verdict(b, want, 0, text);
-    row[least] = kept;
-}
-
 /* What is no number in either kernel is wrong, also when the steps behind it are right. */
 static void check_infinite(struct rt_bench *b, const struct rt_bench_output *want)
 {
@@ -95,8 +74,6 @@ static void test_check(void)
     run(b, N);
     CHECKF(rt_bench_output(b, &want, &err) == 0 && want.pos == POS, "%s", err.text);
     check_verdict(b, &want, 1, "logits within 0 of");
-    for (int i = 0; i < N; i++)
-        check_tolerance(b, &want, i);
     check_infinite(b, &want);
     rt_bench_close(b);
 
