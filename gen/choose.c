@@ -50,8 +50,8 @@ static double token_us(const struct gen_model *m, const struct gen_gpu *g, int c
 }
 
 /* Add the best value of knob K to C, whose tokens take *US, if it is worth it. */
-static void turn(const struct gen_model *m, const struct gen_gpu *g, int context, int k,
-                 struct choices *c, double *us)
+static void take_best(const struct gen_model *m, const struct gen_gpu *g, int context, int k,
+                      struct choices *c, double *us)
 {
     const double enough = *us * (1 - LEAST_GAIN);
     struct choices with = *c;
@@ -81,7 +81,7 @@ static struct choices predicted(const struct gen_plan *rules)
 
     for (int k = 0; us && k < KNOBS; k++)
         if (!rules->cluster || !knobs[k].l2_only)
-            turn(m, g, rules->context, k, &c, &us);
+            take_best(m, g, rules->context, k, &c, &us);
     return c;
 }
 
